@@ -1,0 +1,20 @@
+"""Parallel scaling (ParScale) for causal language models, as a PEFT method.
+
+Importing the package registers the method with PEFT and the model type `qwen2_parscale` with transformers.
+"""
+
+from .config import ParScaleConfig
+from .qwen2_parscale import Qwen2ParScaleConfig, Qwen2ParScaleForCausalLM, Qwen2ParScaleModel
+from .tuner import ParScaleModel
+
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ParScaleConfig",
+    "ParScaleModel",
+    "Qwen2ParScaleConfig",
+    "Qwen2ParScaleForCausalLM",
+    "Qwen2ParScaleModel",
+    "__version__",
+]

@@ -1,0 +1,93 @@
+"""Configuration of the ParScale method: fields, help and checks."""
+
+from dataclasses import dataclass, field
+
+
+from peft import PeftConfig
+
+from .registration import PARSCALE
+
+
+STARTS_OF_PREFIXES = ("normal", "reparameterized", "tokens")
+
+
+@dataclass
+class ParScaleArguments:
+    """What a user chooses about the streams. Shared by [`ParScaleConfig`] and the recipes' command lines."""
+
+    num_streams: int = field(
+        default=4, metadata={"help": "P, the number of parallel streams. 1 is the plain backbone."}
+    )
+    num_prefix_tokens: int = field(
+        default=48, metadata={"help": "Learned prefix keys and values per stream in every attention layer."}
+    )
+    aggregator_smoothing: float = field(
+        default=0.1, metadata={"help": "eps in w * (1 - eps) + eps / P; keeps every stream's weight above eps / P."}
+    )
+    init_std: float = field(
+        default=0.02, metadata={"help": "Standard deviation of the normal distribution that new weights start from."}
+    )
+    init_weights: str = field(
+        default="normal",
+        metadata={
+            "help": "How the prefixes start: 'normal' (the paper's N(0, init_std)), 'tokens' (keys and values that "
+            "the backbone gives to tokens it generates itself, so that training starts near the backbone's own "
+            "loss), or 'reparameterized' (a small matrix through an MLP, folded into plain prefixes on save). PEFT's "
+            "booleans both mean 'normal'."
+        },
+    )
+    train_backbone: bool = field(
+        default=False,
+        metadata={"help": "False: only prefixes and aggregator learn. True: full continual pretraining; a save then "
+                  "carries the trained backbone as well."},
+    )
+
+    def __post_init__(self):
+        if type(self.num_streams) is not int or self.num_streams < 1:
+            raise ValueError(f"`num_streams` must be an integer of at least 1, got {self.num_streams!r}.")
+        if type(self.num_prefix_tokens) is not int or self.num_prefix_tokens < 1:
+            raise ValueError(f"`num_prefix_tokens` must be an integer of at least 1, got {self.num_prefix_tokens!r}.")
+        if not 0 <= self.aggregator_smoothing < 1:
+            raise ValueError(f"`aggregator_smoothing` must lie in [0, 1), got {self.aggregator_smoothing!r}.")
+        if not self.init_std > 0:
+            raise ValueError(f"`init_std` must be positive, got {self.init_std!r}.")
+        if isinstance(self.init_weights, bool):
+            self.init_weights = "normal"
+        if self.init_weights not in STARTS_OF_PREFIXES:
+            raise ValueError(
+                f"`init_weights` must be one of {', '.join(STARTS_OF_PREFIXES)}, got {self.init_weights!r}."
+            )
+
+
+@dataclass
+class ParScaleConfig(ParScaleArguments, PeftConfig):
+    """Configuration of parallel streams on a causal LM, to be passed to [`peft.get_peft_model`].
+
+    Besides the fields of [`ParScaleArguments`] and of [`peft.PeftConfig`]:
+
+    Args:
+        target_modules: names of the decoder and of the attention modules that hold prefixes. Found by running one
+            token through the backbone; not meant to be set.
+        modules_to_save: as in PEFT, further modules to train and save with the adapter.
+        backbone_fingerprint: what the adapter was trained on; checked when it is put on a backbone again.
+        verify_backbone: False puts the adapter on a backbone with another fingerprint, with a warning. Pass it to
+            `PeftModel.from_pretrained`; it is never saved.
+    """
+
+    target_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    backbone_fingerprint: dict[str, str] | None = None
+    verify_backbone: bool = True
+
+    def __post_init__(self):
+        ParScaleArguments.__post_init__(self)
+        PeftConfig.__post_init__(self)
+        self.peft_type = PARSCALE
+        # A config that comes with a fingerprint was read from a saved adapter, whose tensors replace any start.
+        self.describes_saved_adapter = self.backbone_fingerprint is not None
+
+    def to_dict(self) -> dict:
+        """The fields that are saved."""
+        fields = super().to_dict()
+        del fields["verify_backbone"]
+        return fields

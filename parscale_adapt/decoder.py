@@ -1,0 +1,77 @@
+"""Streams around a decoder: rows are replicated on the way in and aggregated on the way out.
+
+The aggregation happens inside the decoder's own call, so that the LM head, and losses that call the decoder without
+the causal-LM forward, see B rows.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from .attention import STREAMS_ATTRIBUTE, route_through_streams
+from .cache import stream_view, viewed_cache
+from .streams import replicate
+
+
+def attach_stream_hooks(decoder: PreTrainedModel) -> list[RemovableHandle]:
+    """Run `decoder` in as many streams as its child module `parscale` says (`num_streams`, 1 = as it is).
+
+    The child is called on `last_hidden_state` `[P * B, T, H]` and returns `[B, T, H]`.
+    """
+    return [
+        decoder.register_forward_pre_hook(_enter_streams, with_kwargs=True, prepend=True),
+        decoder.register_forward_hook(_leave_streams, with_kwargs=True),
+    ]
+
+
+def _enter_streams(decoder: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    num_streams = getattr(decoder, STREAMS_ATTRIBUTE).num_streams
+    if num_streams == 1:
+        return None
+    route_through_streams(decoder)
+    arguments = _arguments_by_name(decoder, args, kwargs)
+    tokens = arguments["input_ids"] if arguments.get("input_ids") is not None else arguments["inputs_embeds"]
+    batch_size = tokens.shape[0]
+    arguments = {name: _replicate_rows(value, batch_size, num_streams) for name, value in arguments.items()}
+    cache = arguments.get("past_key_values")
+    use_cache = arguments.get("use_cache")
+    if cache is None and (decoder.config.use_cache if use_cache is None else use_cache):
+        cache = DynamicCache(config=decoder.config)
+    if cache is not None:
+        arguments["past_key_values"] = stream_view(cache, num_streams)
+    return (), arguments
+
+
+def _arguments_by_name(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    positional = [
+        parameter.name
+        for parameter in inspect.signature(decoder.forward).parameters.values()
+        if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    ]
+    return {**dict(zip(positional, args)), **kwargs}
+
+
+def _replicate_rows(value: Any, batch_size: int, num_streams: int) -> Any:
+    """Replicate what is laid out by sample: tensors of two or more dimensions with `batch_size` rows."""
+    if isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[0] == batch_size:
+        return replicate(value, num_streams)
+    if isinstance(value, dict):
+        return {key: _replicate_rows(item, batch_size, num_streams) for key, item in value.items()}
+    return value
+
+
+def _leave_streams(decoder: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    streams = getattr(decoder, STREAMS_ATTRIBUTE)
+    if streams.num_streams == 1:
+        return None
+    if isinstance(output, tuple):
+        rest = [viewed_cache(item) if isinstance(item, Cache) else item for item in output[1:]]
+        return (streams(output[0]), *rest)
+    output["last_hidden_state"] = streams(output["last_hidden_state"])
+    if output.get("past_key_values") is not None:
+        output["past_key_values"] = viewed_cache(output["past_key_values"])
+    return output

@@ -1,0 +1,139 @@
+"""PEFT layers: where the prefixes of an attention module and the aggregator of a decoder live, for every adapter."""
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from .aggregator import Aggregator
+from .config import ParScaleConfig
+from .prefix import ReparameterizedPrefix, StreamPrefix
+from .probe import AttentionShape
+
+
+class ParScaleLayer(nn.Module, BaseTunerLayer):
+    """What both layers share: the number of streams of each adapter, and which adapter is active.
+
+    A layer is a child named `parscale` of the module that it serves; the backbone's own modules stay what they are.
+    """
+
+    def __init__(self, host: nn.Module):
+        super().__init__()
+        self.streams_of: dict[str, int] = {}
+        # Kept out of the module tree: the host is this module's parent.
+        object.__setattr__(self, "_host", host)
+        self._disable_adapters = False
+        self._active_adapter: list[str] = []
+        self.merged_adapters: list[str] = []
+
+    @property
+    def current_adapter(self) -> str | None:
+        """The adapter whose streams run now, None for the plain backbone."""
+        if self._disable_adapters:
+            return None
+        return next((name for name in self.active_adapters if name in self.streams_of), None)
+
+    @property
+    def num_streams(self) -> int:
+        """P of the adapter whose streams run now; 1 for the plain backbone."""
+        adapter = self.current_adapter
+        return 1 if adapter is None else self.streams_of[adapter]
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.streams_of.pop(adapter_name, None)
+        super().delete_adapter(adapter_name)
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, None]:
+        # PEFT looks for `weight` on the layer that an adapter replaces; these layers stand beside their host.
+        parameter = next((p for p in self._host.parameters() if not p.is_meta), None)
+        return (None if parameter is None else parameter.device), None
+
+    def _place(self, module: nn.Module) -> nn.Module:
+        """Move a new module to the host's device and, if that is a float type, its dtype."""
+        if any(parameter.is_meta for parameter in module.parameters()):
+            return module
+        reference = next(self._host.parameters())
+        dtype = reference.dtype if reference.dtype.is_floating_point else None
+        return module.to(reference.device, dtype)
+
+
+class AttentionStreams(ParScaleLayer):
+    """The prefixes of one attention module.
+
+    Args:
+        host: the attention module.
+        shape: sizes of its keys and values.
+    """
+
+    adapter_layer_names = ("parscale_prefix_k", "parscale_prefix_v")
+
+    def __init__(self, host: nn.Module, shape: AttentionShape):
+        super().__init__(host)
+        self.shape = shape
+        self.prefix_tokens_of: dict[str, int] = {}
+        self.parscale_prefix_k = nn.ModuleDict()
+        self.parscale_prefix_v = nn.ModuleDict()
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """n of the adapter whose streams run now; 0 for the plain backbone."""
+        adapter = self.current_adapter
+        return 0 if adapter is None else self.prefix_tokens_of[adapter]
+
+    def update_layer(self, adapter_name: str, config: ParScaleConfig) -> None:
+        """Add the prefixes of one adapter."""
+        self.streams_of[adapter_name] = config.num_streams
+        self.prefix_tokens_of[adapter_name] = config.num_prefix_tokens
+        is_reparameterized = config.init_weights == "reparameterized" and not config.describes_saved_adapter
+        prefix_class = ReparameterizedPrefix if is_reparameterized else StreamPrefix
+        for container in self.adapter_layer_names:
+            prefix = prefix_class(self.prefix_shape(container, adapter_name))
+            prefix.reset_parameters(config.init_std)
+            getattr(self, container)[adapter_name] = self._place(prefix)
+
+    def prefix_shape(self, container: str, adapter_name: str) -> tuple[int, int, int, int]:
+        """`[P, num_key_value_heads, n, size]` of one adapter's prefix keys or values."""
+        size = self.shape.key_size if container == "parscale_prefix_k" else self.shape.value_size
+        num_prefix_tokens = self.prefix_tokens_of[adapter_name]
+        return (self.streams_of[adapter_name], self.shape.num_key_value_heads, num_prefix_tokens, size)
+
+    @torch.no_grad()
+    def start_from(self, adapter_name: str, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Let the prefixes of one adapter start as `key` and `value` `[P, num_key_value_heads, n, size]`."""
+        self.parscale_prefix_k[adapter_name].weight.copy_(key)
+        self.parscale_prefix_v[adapter_name].weight.copy_(value)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.prefix_tokens_of.pop(adapter_name, None)
+        super().delete_adapter(adapter_name)
+
+    def forward(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put the active adapter's prefixes in front; see [`parscale_adapt.streams.prepend_prefix`]."""
+        adapter = self.current_adapter
+        return self.parscale_prefix_k[adapter](key), self.parscale_prefix_v[adapter](value)
+
+
+class DecoderStreams(ParScaleLayer):
+    """The aggregators of one decoder.
+
+    Args:
+        host: the decoder.
+        hidden_size: size of its final hidden states.
+    """
+
+    adapter_layer_names = ("parscale_aggregator",)
+
+    def __init__(self, host: nn.Module, hidden_size: int):
+        super().__init__(host)
+        self.hidden_size = hidden_size
+        self.parscale_aggregator = nn.ModuleDict()
+
+    def update_layer(self, adapter_name: str, config: ParScaleConfig) -> None:
+        """Add the aggregator of one adapter."""
+        aggregator = Aggregator(self.hidden_size, config.num_streams, config.aggregator_smoothing)
+        aggregator.reset_parameters(config.init_std)
+        self.parscale_aggregator[adapter_name] = self._place(aggregator)
+        self.streams_of[adapter_name] = config.num_streams
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Mix the streams of the active adapter: `[P * B, T, H]` to `[B, T, H]`."""
+        return self.parscale_aggregator[self.current_adapter](hidden_states)

@@ -1,0 +1,119 @@
+"""Adapter files: which tensors belong into one, under which names, and strict checks on the way out and in.
+
+A file holds `<attention>.parscale_prefix_k`, `<attention>.parscale_prefix_v`, `<decoder>.parscale_aggregator.*` and,
+where the backbone was trained, every parameter of the backbone.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from .attention import STREAMS_ATTRIBUTE
+from .layers import AttentionStreams, ParScaleLayer
+from .prefix import ReparameterizedPrefix
+from .probe import is_partitioned
+from .registration import PARAMETER_PREFIX
+
+
+_LAYER_MARK = f".{STREAMS_ATTRIBUTE}.{PARAMETER_PREFIX}"
+
+
+def checkpoint_key(key: str, adapter_name: str) -> str:
+    """The name in a file of a tensor in the model, for example
+    `layers.0.self_attn.parscale.parscale_prefix_k.default.weight` to `layers.0.self_attn.parscale_prefix_k`."""
+    host, mark, rest = key.partition(_LAYER_MARK)
+    container, _, parameter = rest.partition(f".{adapter_name}.")
+    if not mark or not parameter:
+        return key
+    name = f"{host}.{PARAMETER_PREFIX}{container}"
+    return name if container.startswith("prefix") else f"{name}.{parameter}"
+
+
+def fold_reparameterized(
+    model: nn.Module, tensors: dict[str, torch.Tensor], adapter_name: str
+) -> dict[str, torch.Tensor]:
+    """Replace the tensors of each reparameterised prefix by the plain prefix that they compute."""
+    folded = dict(tensors)
+    for name, module in model.named_modules():
+        if not isinstance(module, ReparameterizedPrefix) or not name.endswith(f".{adapter_name}"):
+            continue
+        parameters = {key: folded.pop(f"{name}.{key}") for key, _ in module.named_parameters()}
+        with torch.no_grad():
+            prefix = torch.func.functional_call(_Folding(module), {f"module.{k}": v for k, v in parameters.items()})
+        folded[f"{name}.weight"] = prefix.contiguous()
+    return folded
+
+
+class _Folding(nn.Module):
+    def __init__(self, module: ReparameterizedPrefix):
+        super().__init__()
+        self.module = module
+
+    def forward(self) -> torch.Tensor:
+        return self.module.folded()
+
+
+def expected_adapter_shapes(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, ...]]:
+    """Names in the model and shapes of all tensors of one adapter once folded."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, ParScaleLayer) or adapter_name not in layer.streams_of:
+            continue
+        if isinstance(layer, AttentionStreams):
+            for container in layer.adapter_layer_names:
+                shapes[f"{name}.{container}.{adapter_name}.weight"] = layer.prefix_shape(container, adapter_name)
+        else:
+            aggregator = layer.parscale_aggregator[adapter_name]
+            prefix = f"{name}.parscale_aggregator.{adapter_name}"
+            shapes |= {f"{prefix}.{key}": full_shape(value) for key, value in aggregator.named_parameters()}
+    return shapes
+
+
+def backbone_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all parameters outside adapters; a tied parameter stands once."""
+    adapter_owned = tuple(
+        f"{name}." for name, module in model.named_modules() if isinstance(module, ParScaleLayer)
+    )
+    return {
+        name: full_shape(parameter)
+        for name, parameter in model.named_parameters()
+        if not name.startswith(adapter_owned or ("\0",))
+    }
+
+
+def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """The shape of a parameter before any sharding."""
+    return tuple(parameter.ds_shape if is_partitioned(parameter) else parameter.shape)
+
+
+def check_complete(tensors: dict[str, torch.Tensor], expected: dict[str, tuple[int, ...]], where: str) -> None:
+    """Compare names and shapes of a set of tensors with what it must hold.
+
+    Raises:
+        ValueError: tensors are missing, have another shape (as shards that were not gathered have), or are not
+            expected.
+    """
+    problems = [
+        _some("missing", expected.keys() - tensors.keys()),
+        _some("unexpected", tensors.keys() - expected.keys()),
+        _some(
+            "of wrong shape",
+            (
+                f"{name} {tuple(tensors[name].shape)} instead of {shape}"
+                for name, shape in expected.items()
+                if name in tensors and tuple(tensors[name].shape) != tuple(shape)
+            ),
+        ),
+    ]
+    found = "; ".join(problem for problem in problems if problem)
+    if found:
+        raise ValueError(f"{where} does not hold the tensors that its configuration asks for: {found}.")
+
+
+def _some(label: str, names: Iterable[str], limit: int = 3) -> str:
+    ordered = sorted(names)
+    if not ordered:
+        return ""
+    more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
+    return f"{label}: {', '.join(ordered[:limit])}{more}"

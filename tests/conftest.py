@@ -1,0 +1,33 @@
+"""Shared fixtures: everything runs offline, on the CPU, on tiny random models."""
+
+import os
+
+
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+    CUDA_VISIBLE_DEVICES="",
+)
+
+import pathlib
+
+import pytest
+import torch
+
+
+SHARED = pathlib.Path(os.environ.get("PARSCALE_SHARED", pathlib.Path(__file__).parents[2] / "shared"))
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """The folder of reference data of the published model."""
+    folder = SHARED / "golden"
+    if not folder.is_dir():
+        pytest.skip(f"golden data of the published model not found at {folder} (set PARSCALE_SHARED)")
+    return folder
