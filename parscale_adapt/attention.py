@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 SUPPORTED_IMPLEMENTATIONS = ("eager", "sdpa")
 STREAMS_ATTRIBUTE = "parscale"
+ARGUMENTS_PER_KEY = ("indices", "block_indices", "position_bias")
 _NAME_PREFIX = "parscale_"
 
 AttentionObserver = Callable[[nn.Module, torch.Tensor, torch.Tensor], None]
@@ -74,6 +76,15 @@ def _stock_function(implementation: str, module: nn.Module) -> Callable:
     return ALL_ATTENTION_FUNCTIONS[implementation]
 
 
+def _refuse_arguments_per_key(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    for name in ARGUMENTS_PER_KEY:
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"{type(module).__name__} picks or weighs single keys (`{name}`), which streams don't support: there "
+                "is no place for a prefix among them."
+            )
+
+
 def _show_prefix(attention_mask: torch.Tensor, num_prefix_tokens: int) -> torch.Tensor:
     """Add `n` visible columns on the left of a `[rows, heads, T, S]` mask."""
     visible = True if attention_mask.dtype == torch.bool else 0.0
@@ -90,6 +101,7 @@ def _stream_attention(implementation: str) -> Callable:
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of `query` `[P * B, heads, T, d]`; keys and values come as rows or with folded streams."""
+        _refuse_arguments_per_key(module, kwargs)
         stock = _stock_function(implementation, module)
         observer = _observer.get()
         if observer is not None:
@@ -115,6 +127,4 @@ def _stream_attention(implementation: str) -> Callable:
 
 for _implementation in SUPPORTED_IMPLEMENTATIONS:
     AttentionInterface.register(_NAME_PREFIX + _implementation, _stream_attention(_implementation))
-    AttentionMaskInterface.register(
-        _NAME_PREFIX + _implementation, ALL_MASK_ATTENTION_FUNCTIONS[_implementation]
-    )
+    AttentionMaskInterface.register(_NAME_PREFIX + _implementation, ALL_MASK_ATTENTION_FUNCTIONS[_implementation])

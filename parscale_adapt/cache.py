@@ -5,10 +5,12 @@ The cache keeps batch B, so reordering beams, repeating, selecting, cropping and
 
 from functools import lru_cache
 
-import torch
 from transformers import Cache
 
 from .streams import fold_streams_into_heads
+
+
+_OWNER = "parscale_owner"
 
 
 class _StreamFolding:
@@ -19,20 +21,30 @@ class _StreamFolding:
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         key_states = fold_streams_into_heads(key_states, self.num_streams)
         value_states = fold_streams_into_heads(value_states, self.num_streams)
-        _check_stored_shape(self, key_states, layer_idx)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
-def _check_stored_shape(cache: Cache, key_states: torch.Tensor, layer_idx: int) -> None:
-    if layer_idx >= len(cache.layers) or not cache.layers[layer_idx].is_initialized:
+def claim_cache(cache: Cache, owner: str | None) -> None:
+    """Note whose keys and values `cache` will hold: those of the adapter `owner`, or (None) of the plain backbone.
+
+    Raises:
+        ValueError: it is filled with those of another owner.
+    """
+    previous = getattr(cache, _OWNER, None)
+    if previous == owner:
         return
-    stored = cache.layers[layer_idx].keys
-    if stored is not None and stored.dim() == 4 and stored.shape[1] != key_states.shape[1]:
+    if cache.get_seq_length() > 0:
         raise ValueError(
-            f"`past_key_values` holds {stored.shape[1]} key heads in layer {layer_idx}, the active adapter needs "
-            f"{key_states.shape[1]}: the cache was filled under another adapter or number of streams. Start again "
-            "from an empty cache after switching adapters."
+            f"`past_key_values` was filled by {_describe(previous)} and can't be continued by {_describe(owner)}: "
+            "start again from an empty cache after switching adapters."
         )
+    for layer in cache.layers:
+        layer.is_initialized = False  # an empty static cache may come allocated for another number of heads
+    setattr(cache, _OWNER, owner)
+
+
+def _describe(owner: str | None) -> str:
+    return "the plain backbone" if owner is None else f"the adapter {owner!r}"
 
 
 @lru_cache

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 
-
 from peft import PeftConfig
 
 from .registration import PARSCALE
@@ -38,8 +37,10 @@ class ParScaleArguments:
     )
     train_backbone: bool = field(
         default=False,
-        metadata={"help": "False: only prefixes and aggregator learn. True: full continual pretraining; a save then "
-                  "carries the trained backbone as well."},
+        metadata={
+            "help": "False: only prefixes and aggregator learn. True: full continual pretraining; a save then "
+            "carries the trained backbone as well."
+        },
     )
 
     def __post_init__(self):
@@ -67,14 +68,14 @@ class ParScaleConfig(ParScaleArguments, PeftConfig):
 
     Args:
         target_modules: names of the decoder and of the attention modules that hold prefixes. Found by running one
-            token through the backbone; not meant to be set.
+            token through the backbone, never set by the user.
         modules_to_save: as in PEFT, further modules to train and save with the adapter.
         backbone_fingerprint: what the adapter was trained on; checked when it is put on a backbone again.
         verify_backbone: False puts the adapter on a backbone with another fingerprint, with a warning. Pass it to
             `PeftModel.from_pretrained`; it is never saved.
     """
 
-    target_modules: list[str] | str | None = None
+    target_modules: tuple[str, ...] | list[str] | str | None = None
     modules_to_save: list[str] | None = None
     backbone_fingerprint: dict[str, str] | None = None
     verify_backbone: bool = True
@@ -82,9 +83,19 @@ class ParScaleConfig(ParScaleArguments, PeftConfig):
     def __post_init__(self):
         ParScaleArguments.__post_init__(self)
         PeftConfig.__post_init__(self)
+        if self.train_backbone and self.modules_to_save:
+            raise ValueError(
+                f"`modules_to_save` names parts of the backbone, got {self.modules_to_save}, but `train_backbone=True` "
+                "already trains and saves all of it: leave one of the two out."
+            )
         self.peft_type = PARSCALE
         # A config that comes with a fingerprint was read from a saved adapter, whose tensors replace any start.
         self.describes_saved_adapter = self.backbone_fingerprint is not None
+        if self.target_modules is not None and not self.describes_saved_adapter:
+            raise ValueError(
+                f"`target_modules` can't be chosen, got {self.target_modules!r}: streams run through every attention "
+                "module of the backbone, which are found by running one token through it."
+            )
 
     def to_dict(self) -> dict:
         """The fields that are saved."""

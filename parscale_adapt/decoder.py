@@ -13,14 +13,15 @@ from torch.utils.hooks import RemovableHandle
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from .attention import STREAMS_ATTRIBUTE, route_through_streams
-from .cache import stream_view, viewed_cache
+from .cache import claim_cache, stream_view, viewed_cache
 from .streams import replicate
 
 
 def attach_stream_hooks(decoder: PreTrainedModel) -> list[RemovableHandle]:
     """Run `decoder` in as many streams as its child module `parscale` says (`num_streams`, 1 = as it is).
 
-    The child is called on `last_hidden_state` `[P * B, T, H]` and returns `[B, T, H]`.
+    The child is called on `last_hidden_state` `[P * B, T, H]` and returns `[B, T, H]`. Its `current_adapter` tells
+    apart whose keys and values a cache holds (None = the plain backbone's).
     """
     return [
         decoder.register_forward_pre_hook(_enter_streams, with_kwargs=True, prepend=True),
@@ -28,19 +29,25 @@ def attach_stream_hooks(decoder: PreTrainedModel) -> list[RemovableHandle]:
     ]
 
 
-def _enter_streams(decoder: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-    num_streams = getattr(decoder, STREAMS_ATTRIBUTE).num_streams
+def _enter_streams(
+    decoder: PreTrainedModel, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]] | None:
+    streams = getattr(decoder, STREAMS_ATTRIBUTE)
+    num_streams = streams.num_streams
+    arguments = _arguments_by_name(decoder, args, kwargs)
+    cache = arguments.get("past_key_values")
+    if cache is not None:
+        claim_cache(cache, streams.current_adapter)
     if num_streams == 1:
         return None
     route_through_streams(decoder)
-    arguments = _arguments_by_name(decoder, args, kwargs)
     tokens = arguments["input_ids"] if arguments.get("input_ids") is not None else arguments["inputs_embeds"]
     batch_size = tokens.shape[0]
     arguments = {name: _replicate_rows(value, batch_size, num_streams) for name, value in arguments.items()}
-    cache = arguments.get("past_key_values")
     use_cache = arguments.get("use_cache")
     if cache is None and (decoder.config.use_cache if use_cache is None else use_cache):
         cache = DynamicCache(config=decoder.config)
+        claim_cache(cache, streams.current_adapter)
     if cache is not None:
         arguments["past_key_values"] = stream_view(cache, num_streams)
     return (), arguments

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -29,74 +29,91 @@ class ObservedStates:
 
 
 @dataclass
-class Backbone:
-    """A causal LM, its decoder and the attention modules in which a prefix can live."""
+class Observation:
+    """One forward of a decoder: what its attention modules saw, by module name, and the size of its output."""
 
-    model: PreTrainedModel
-    decoder: PreTrainedModel
+    states: dict[str, ObservedStates]
+    hidden_size: int
+
+
+@dataclass
+class Backbone:
+    """The decoder of a causal LM and the attention modules in which a prefix can live, by module name."""
+
     decoder_name: str
     hidden_size: int
-    attention_shapes: dict[str, AttentionShape] = field(default_factory=dict)
+    attention_shapes: dict[str, AttentionShape]
 
 
-def probe_backbone(model: nn.Module) -> Backbone:
-    """Find the decoder and every attention module of `model` by running one token through it.
+def find_decoder(model: nn.Module) -> str:
+    """The name of the decoder inside a causal LM.
 
     Raises:
         TypeError: `model` is not a transformers model.
-        ValueError: it is not a decoder-only causal LM, or no attention of it can be reached.
+        ValueError: it is not a decoder-only causal LM.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"`model` must be a transformers causal LM, got {type(model).__name__}.")
-    name = type(model).__name__
+    class_name = type(model).__name__
     if model.config.is_encoder_decoder:
         raise ValueError(
-            f"{name} is an encoder-decoder model; streams need a decoder-only causal LM such as Qwen2ForCausalLM."
+            f"{class_name} is an encoder-decoder model; streams need a decoder-only causal LM such as "
+            "Qwen2ForCausalLM."
         )
-    if model.get_output_embeddings() is None:
+    if model.get_output_embeddings() is None or not model.can_generate():
         raise ValueError(
-            f"{name} has no LM head; streams need a causal LM: load the backbone with `AutoModelForCausalLM`."
+            f"{class_name} is not a causal LM with an LM head: load the backbone with `AutoModelForCausalLM`."
         )
     decoder = model.get_decoder()
-    decoder_name = next(key for key, module in model.named_modules() if module is decoder)
-    if decoder_name == "":
-        raise ValueError(f"{name} has no decoder module apart from its LM head, so its hidden states can't be mixed.")
-    hidden_size = model.config.get_text_config().hidden_size
-    backbone = Backbone(model, decoder, decoder_name, hidden_size)
-    observed = observe_states(model, torch.zeros(1, 1, dtype=torch.long))
-    if not observed:
+    if decoder is model:
         raise ValueError(
-            f"{name} has no attention that streams can reach: none of its layers calls transformers' attention "
-            "interface, so there is nowhere to put a prefix."
+            f"{class_name} has no decoder module apart from its LM head, so its hidden states can't be mixed."
         )
-    for module_name, states in observed.items():
-        backbone.attention_shapes[module_name] = AttentionShape(
-            states.key.shape[1], states.key.shape[-1], states.value.shape[-1]
+    return next(name for name, module in model.named_modules() if module is decoder)
+
+
+def probe_backbone(model: PreTrainedModel) -> Backbone:
+    """Find the decoder and every attention module of `model` by running one token through it.
+
+    Raises:
+        TypeError, ValueError: as in [`find_decoder`]; ValueError also where no attention of it can be reached.
+    """
+    decoder_name = find_decoder(model)
+    observed = observe_states(model, torch.zeros(1, 1, dtype=torch.long))
+    if not observed.states:
+        raise ValueError(
+            f"{type(model).__name__} has no attention that streams can reach: none of its layers calls transformers' "
+            "attention interface, so there is nowhere to put a prefix."
         )
-    return backbone
+    shapes = {
+        name: AttentionShape(states.key.shape[1], states.key.shape[-1], states.value.shape[-1])
+        for name, states in observed.states.items()
+    }
+    return Backbone(decoder_name, observed.hidden_size, shapes)
 
 
 @torch.no_grad()
 def observe_states(
     model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None
-) -> dict[str, ObservedStates]:
-    """Keys and values of every attention module, by module name, for `input_ids` `[rows, T]`."""
+) -> Observation:
+    """Run `input_ids` `[rows, T]` through the decoder and look at its attention calls."""
     names = {module: name for name, module in model.named_modules()}
-    observed: dict[str, ObservedStates] = {}
+    states: dict[str, ObservedStates] = {}
 
     def record(module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> None:
-        observed[names[module]] = ObservedStates(key, value)
+        states[names[module]] = ObservedStates(key, value)
 
     route_through_streams(model)
     device = model.get_input_embeddings().weight.device
     positions = {} if position_ids is None else {"position_ids": position_ids.to(device)}
-    with _evaluating(model), _gathered_parameters(model), observe_attention(record):
-        model.get_decoder()(input_ids=input_ids.to(device), use_cache=False, **positions)
-    return observed
+    with evaluating(model), gathered_parameters(model), observe_attention(record):
+        output = model.get_decoder()(input_ids=input_ids.to(device), use_cache=False, **positions)
+    return Observation(states, output[0].shape[-1])
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put all modules into evaluation mode inside the block, and each back into its own mode after it."""
     was_training = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -107,7 +124,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _gathered_parameters(model: nn.Module) -> Iterator[None]:
+def gathered_parameters(model: nn.Module) -> Iterator[None]:
     """Gather DeepSpeed ZeRO-3 partitions module by module, so that a forward works before the engine exists."""
     if not any(is_partitioned(parameter) for parameter in model.parameters()):
         yield

@@ -38,6 +38,19 @@ class _AttentionStreams:
         return prepend_prefix(self.attention.prefix_k, key), prepend_prefix(self.attention.prefix_v, value)
 
 
+class _DecoderStreams:
+    """What the hooks ask of a decoder with published weights; there is no adapter to switch."""
+
+    current_adapter = "qwen2_parscale"
+
+    def __init__(self, aggregator: Aggregator):
+        self.num_streams = aggregator.num_streams
+        self.aggregator = aggregator
+
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.aggregator(hidden_states)
+
+
 class Qwen2ParScaleAttention(Qwen2Attention):
     """Qwen2 attention with published prefixes `[P, num_key_value_heads, n, head_dim]`."""
 
@@ -74,9 +87,9 @@ class Qwen2ParScaleModel(Qwen2Model):
             self.post_init()
 
     @property
-    def parscale(self) -> Aggregator:
+    def parscale(self) -> "_DecoderStreams":
         """The streams of this decoder; see [`parscale_adapt.decoder`]."""
-        return self.aggregate_layer
+        return _DecoderStreams(self.aggregate_layer)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -12,10 +12,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .layers import ParScaleLayer
-from .probe import ObservedStates, observe_states
+from .probe import ObservedStates, evaluating, gathered_parameters, observe_states
 
 
-def observe_token_states(model: PreTrainedModel, num_streams: int, num_prefix_tokens: int) -> dict[str, ObservedStates]:
+def observe_token_states(
+    model: PreTrainedModel, num_streams: int, num_prefix_tokens: int
+) -> dict[str, ObservedStates]:
     """Keys and values `[P, heads, n, size]` of every attention module for `P` generated texts of `n` tokens.
 
     Rotary models see the tokens at positions -n to -1, just before the first real token; models with learned
@@ -25,16 +27,16 @@ def observe_token_states(model: PreTrainedModel, num_streams: int, num_prefix_to
         input_ids = _generate_tokens(model, num_streams, num_prefix_tokens)
         has_rotary_positions = model.config.get_text_config().to_dict().get("rope_parameters") is not None
         positions = torch.arange(-num_prefix_tokens, 0).unsqueeze(0) if has_rotary_positions else None
-        return observe_states(model, input_ids, positions)
+        return observe_states(model, input_ids, positions).states
 
 
 def _generate_tokens(model: PreTrainedModel, num_rows: int, num_tokens: int) -> torch.Tensor:
     """Sample `[num_rows, num_tokens]` ids from the backbone, each row from its own first token."""
     config = model.config.get_text_config()
     first = torch.randint(config.vocab_size, (num_rows, 1), device=model.get_input_embeddings().weight.device)
-    was_training = model.training
-    model.eval()
-    try:
+    if num_tokens == 1:
+        return first
+    with evaluating(model), gathered_parameters(model):
         return model.generate(
             first,
             attention_mask=torch.ones_like(first),
@@ -44,8 +46,6 @@ def _generate_tokens(model: PreTrainedModel, num_rows: int, num_tokens: int) -> 
             eos_token_id=None,
             pad_token_id=0,
         )
-    finally:
-        model.train(was_training)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ where the backbone was trained, every parameter of the backbone.
 from collections.abc import Iterable
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from .attention import STREAMS_ATTRIBUTE
@@ -70,11 +71,27 @@ def expected_adapter_shapes(model: nn.Module, adapter_name: str) -> dict[str, tu
     return shapes
 
 
+def saved_module_shapes(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, ...]]:
+    """Names in the model and shapes of what one adapter trains in the modules named by `modules_to_save`."""
+    return {
+        f"{name}.modules_to_save.{adapter_name}.{key}": tuple(tensor.shape)
+        for name, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
+        for key, tensor in module.modules_to_save[adapter_name].state_dict().items()
+    }
+
+
+@torch.no_grad()
+def load_backbone(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Copy tensors into the backbone's own parameters, so that tied ones stay tied and no dtype changes."""
+    parameters = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        parameters[name].copy_(tensor)
+
+
 def backbone_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all parameters outside adapters; a tied parameter stands once."""
-    adapter_owned = tuple(
-        f"{name}." for name, module in model.named_modules() if isinstance(module, ParScaleLayer)
-    )
+    adapter_owned = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, ParScaleLayer))
     return {
         name: full_shape(parameter)
         for name, parameter in model.named_parameters()

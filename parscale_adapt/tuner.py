@@ -1,6 +1,8 @@
 """The PEFT tuner: attach, switch, detach, save and load streams on a causal LM."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 
 import torch
@@ -8,14 +10,13 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
-from transformers import PreTrainedModel
 
 from .attention import STREAMS_ATTRIBUTE, restore_stock_attention
 from .config import ParScaleConfig
 from .decoder import attach_stream_hooks
 from .fingerprint import backbone_fingerprint, describe_difference
 from .layers import AttentionStreams, DecoderStreams, ParScaleLayer
-from .probe import Backbone, ObservedStates, probe_backbone
+from .probe import Backbone, ObservedStates, find_decoder, probe_backbone
 from .registration import PARAMETER_PREFIX, register_method
 from .start import observe_token_states
 from .state import (
@@ -24,6 +25,8 @@ from .state import (
     checkpoint_key,
     expected_adapter_shapes,
     fold_reparameterized,
+    load_backbone,
+    saved_module_shapes,
 )
 
 
@@ -32,24 +35,19 @@ class ParScaleModel(BaseTuner):
 
     prefix: str = PARAMETER_PREFIX
     tuner_layer_cls = ParScaleLayer
-    target_module_mapping: dict[str, list[str]] = {}
 
     @cached_property
     def _backbone(self) -> Backbone:
         """Found before the first layer is attached, and kept."""
-        try:
+        with _unchanged_on_error(self.model):
             return probe_backbone(self.model)
-        except Exception:
-            restore_stock_attention(self.model)
-            raise
 
     @cached_property
     def _fingerprint(self) -> dict[str, str]:
         return backbone_fingerprint(self.model)
 
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
-        if not isinstance(self.model, PreTrainedModel):
-            raise TypeError(f"`model` must be a transformers causal LM, got {type(self.model).__name__}.")
+        find_decoder(self.model)
         super()._check_new_adapter_config(config)
         owners = [name for name, other in self.peft_config.items() if other.train_backbone]
         if owners and len(self.peft_config) > 1:
@@ -84,13 +82,17 @@ class ParScaleModel(BaseTuner):
         if peft_config.num_streams == 1:
             peft_config.target_modules = DUMMY_TARGET_MODULES
         else:
-            peft_config.target_modules = [backbone.decoder_name, *backbone.attention_shapes]
+            # A tuple, since PEFT shortens a list of 20 or more names to common endings.
+            peft_config.target_modules = (backbone.decoder_name, *backbone.attention_shapes)
         return peft_config
 
     def _prepare_model(self, peft_config: ParScaleConfig, model: nn.Module) -> None:
         self._start_states: dict[str, ObservedStates] = {}
         if peft_config.init_weights == "tokens" and peft_config.num_streams > 1 and _needs_start(peft_config):
-            self._start_states = observe_token_states(model, peft_config.num_streams, peft_config.num_prefix_tokens)
+            with _unchanged_on_error(model):
+                self._start_states = observe_token_states(
+                    model, peft_config.num_streams, peft_config.num_prefix_tokens
+                )
 
     @staticmethod
     def _check_target_module_exists(peft_config: ParScaleConfig, key: str) -> bool:
@@ -199,13 +201,22 @@ class ParScaleModel(BaseTuner):
         Raises:
             ValueError: a tensor is missing, unexpected, or has another shape.
         """
-        expected = expected_adapter_shapes(model, adapter_name)
-        if config.train_backbone:
-            expected |= backbone_shapes(model)
+        expected = expected_adapter_shapes(model, adapter_name) | saved_module_shapes(model, adapter_name)
+        backbone = backbone_shapes(model) if config.train_backbone else {}
         model_keys = {checkpoint_key(key, adapter_name): key for key in expected}
         remapped = {model_keys.get(key, key): tensor for key, tensor in state_dict.items()}
-        check_complete(remapped, expected, "The adapter file")
+        check_complete(remapped, expected | backbone, "The adapter file")
+        load_backbone(model, {name: remapped.pop(name) for name in backbone})
         return remapped
+
+
+@contextmanager
+def _unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    try:
+        yield
+    except Exception:
+        restore_stock_attention(model)
+        raise
 
 
 def _needs_start(config: ParScaleConfig) -> bool:

@@ -1,0 +1,28 @@
+"""What the recipes share: arguments, checks, the trainer's additions, saves that prove themselves, reports."""
+
+from .arguments import BackboneArguments, DataArguments
+from .checks import check_run, prepare_packed_training, prepare_training
+from .instructions import InstructionArguments, load_instructions, prepare_instruction_training
+from .launch import backbone_path, run_identity, run_recipe, trainable_model
+from .report import finish_run
+from .run_folder import RunFolder
+from .trainer import StreamTrainer
+
+
+__all__ = [
+    "BackboneArguments",
+    "DataArguments",
+    "InstructionArguments",
+    "RunFolder",
+    "StreamTrainer",
+    "backbone_path",
+    "check_run",
+    "finish_run",
+    "load_instructions",
+    "prepare_instruction_training",
+    "prepare_packed_training",
+    "prepare_training",
+    "run_identity",
+    "run_recipe",
+    "trainable_model",
+]

@@ -1,0 +1,98 @@
+"""Command-line arguments of the recipes, besides TRL's own and [`parscale_adapt.config.ParScaleArguments`]."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import BitsAndBytesConfig
+
+from ..data import TextSource
+
+
+@dataclass
+class BackboneArguments:
+    """The model that is run in streams."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub name or local folder of a causal LM. Without one, a small Qwen2 is pretrained once on the "
+            "Python standard library's source and kept in --embedded_dir."
+        },
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a hub model."})
+    dtype: str = field(default="float32", metadata={"help": "Type of the backbone's weights, e.g. bfloat16."})
+    attn_implementation: str = field(default="sdpa", metadata={"help": "Attention implementation: sdpa or eager."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Load the frozen backbone in bitsandbytes NF4."})
+    adapter_name_or_path: str | None = field(
+        default=None, metadata={"help": "Go on training the streams of this adapter instead of new ones."}
+    )
+    embedded_dir: str = field(
+        default="runs/embedded", metadata={"help": "Where the embedded backbone is kept, under its content hash."}
+    )
+
+    def model_init_kwargs(self) -> dict[str, Any]:
+        """Keyword arguments of `from_pretrained` for [`trl.SFTConfig.model_init_kwargs`]."""
+        return {
+            "revision": self.model_revision,
+            "dtype": self.dtype,
+            "attn_implementation": self.attn_implementation,
+        }
+
+    def quantization_config(self) -> BitsAndBytesConfig | None:
+        """NF4 with double quantization, computing in `dtype`; None in full precision."""
+        if not self.load_in_4bit:
+            return None
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=self.dtype,
+        )
+
+
+@dataclass
+class DataArguments:
+    """Raw text to train on. In a YAML file `datasets` mixes several sources by weight."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub dataset, or local .jsonl, .json, .parquet or .txt file, glob or folder. Without one, the "
+            "Python standard library's source files."
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
+    dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
+    text_field: str = field(default="text", metadata={"help": "Column that holds the text."})
+    streaming: bool = field(default=False, metadata={"help": "Read lazily; needs --max_steps."})
+    datasets: list[dict] = field(
+        default_factory=list,
+        metadata={
+            "help": "A mixture: list of sources with `path` and optionally `name`, `split`, `text_field`, `streaming` "
+            "and `weight`, a share of the trained tokens."
+        },
+    )
+    heldout_dataset: str | None = field(
+        default=None, metadata={"help": "Hub dataset or local file to measure the held-out loss on."}
+    )
+    heldout_split: str = field(default="test", metadata={"help": "Split of a hub held-out dataset."})
+    max_heldout_rows: int = field(default=256, metadata={"help": "Rows of --max_length tokens to measure it on."})
+    shuffle_buffer_size: int = field(
+        default=1000, metadata={"help": "Documents held to shuffle a streaming source; 0 keeps its order."}
+    )
+
+    def __post_init__(self):
+        if self.dataset_name and self.datasets:
+            raise ValueError("Give either `dataset_name` or `datasets`, got both.")
+
+    def sources(self) -> list[TextSource]:
+        """The text sources to train on; empty for the embedded corpus."""
+        if self.datasets:
+            return [TextSource(**source) for source in self.datasets]
+        if self.dataset_name is None:
+            return []
+        return [
+            TextSource(
+                self.dataset_name, self.dataset_config, self.dataset_split, self.text_field, streaming=self.streaming
+            )
+        ]

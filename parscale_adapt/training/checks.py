@@ -1,0 +1,90 @@
+"""Which ways of running go together; checked before any weight loads."""
+
+import os
+from dataclasses import dataclass
+
+from trl import SFTConfig
+
+from ..config import ParScaleArguments
+from .arguments import BackboneArguments
+
+
+@dataclass(frozen=True)
+class Combination:
+    """Properties of a run that exclude each other, and what to do instead."""
+
+    properties: frozenset[str]
+    reason: str
+
+
+FORBIDDEN_COMBINATIONS = (
+    Combination(
+        frozenset({"load_in_4bit", "train_backbone"}),
+        "4-bit weights can't be trained: use --train_backbone false, or leave --load_in_4bit out",
+    ),
+    Combination(
+        frozenset({"load_in_4bit", "zero3"}),
+        "ZeRO-3 doesn't shard 4-bit weights at load: use accelerate_configs/zero2.yaml",
+    ),
+    Combination(
+        frozenset({"load_in_4bit", "fsdp"}),
+        "4-bit weights under FSDP2 are untested: use accelerate_configs/ddp.yaml or zero2.yaml",
+    ),
+    Combination(frozenset({"fsdp1"}), "only FSDP2 is supported: use accelerate_configs/fsdp2.yaml"),
+    Combination(
+        frozenset({"one_stream", "frozen"}),
+        "one stream on a frozen backbone has nothing to learn: use --num_streams 2 or more, or --train_backbone true",
+    ),
+)
+
+
+def run_properties(streams: ParScaleArguments, backbone: BackboneArguments, training: SFTConfig) -> set[str]:
+    """The properties of a run that [`FORBIDDEN_COMBINATIONS`] speaks of."""
+    uses_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    zero_stage = training.deepspeed_plugin.zero_stage if training.deepspeed_plugin is not None else 0
+    present = {
+        "load_in_4bit": backbone.load_in_4bit,
+        "train_backbone": streams.train_backbone,
+        "frozen": not streams.train_backbone,
+        "one_stream": streams.num_streams == 1,
+        "zero3": zero_stage == 3,
+        "fsdp": uses_fsdp,
+        "fsdp1": uses_fsdp and os.environ.get("FSDP_VERSION", "1") != "2",
+    }
+    return {name for name, holds in present.items() if holds}
+
+
+def prepare_packed_training(training: SFTConfig, backbone: BackboneArguments) -> None:
+    """Set what training on our own packed rows needs in TRL's arguments.
+
+    Raises:
+        ValueError: TRL's own packing or padding-free batches were asked for, which would have no effect.
+    """
+    if training.packing or training.padding_free:
+        raise ValueError(
+            "`packing` and `padding_free` have no effect here: rows are packed already, each document apart."
+        )
+    training.dataset_kwargs = {"skip_prepare_dataset": True}
+    prepare_training(training, backbone)
+
+
+def prepare_training(training: SFTConfig, backbone: BackboneArguments) -> None:
+    """Set what every recipe needs in TRL's arguments."""
+    training.include_num_input_tokens_seen = "all"
+    training.prediction_loss_only = True
+    if backbone.adapter_name_or_path is None:
+        training.model_init_kwargs = backbone.model_init_kwargs()
+
+
+def check_run(streams: ParScaleArguments, backbone: BackboneArguments, training: SFTConfig) -> None:
+    """Refuse a run that can't work.
+
+    Raises:
+        ValueError: a forbidden combination, with what to do instead.
+    """
+    properties = run_properties(streams, backbone, training)
+    for combination in FORBIDDEN_COMBINATIONS:
+        if combination.properties <= properties:
+            raise ValueError(f"{' with '.join(sorted(combination.properties))} can't run: {combination.reason}.")
+    if training.max_length is None or training.max_length < 2:
+        raise ValueError(f"`max_length` must be at least 2 tokens per row, got {training.max_length!r}.")

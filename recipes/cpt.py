@@ -1,0 +1,108 @@
+"""Continual pretraining with parallel streams on raw text.
+
+    accelerate launch recipes/cpt.py                                    # the embedded demo, no network needed
+    accelerate launch recipes/cpt.py --config recipes/configs/cpt/qwen2.5-3b_stack_full_p4.yaml
+    accelerate launch --config_file accelerate_configs/zero3.yaml recipes/cpt.py --config ... --num_streams 8
+
+Every field of `ParScaleArguments`, `BackboneArguments`, `DataArguments` and `trl.SFTConfig` is an argument and a YAML
+key; `--help` lists them.
+"""
+
+import sys
+from pathlib import Path
+
+from datasets import Dataset
+from rich.console import Console
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from trl import SFTConfig, TrlParser
+
+from parscale_adapt.config import ParScaleArguments
+from parscale_adapt.data import (
+    LoadedSource,
+    PackedCollator,
+    TextSource,
+    build_train_dataset,
+    check_rows,
+    load_source,
+    load_stdlib_corpus,
+    pack_dataset,
+)
+from parscale_adapt.training import (
+    BackboneArguments,
+    DataArguments,
+    RunFolder,
+    StreamTrainer,
+    backbone_path,
+    check_run,
+    finish_run,
+    prepare_packed_training,
+    run_identity,
+    run_recipe,
+    trainable_model,
+)
+
+
+DEMO = Path(__file__).parent / "configs" / "cpt" / "demo.yaml"
+
+
+def training_sources(data: DataArguments) -> list[TextSource | LoadedSource]:
+    """What to train on; the standard library's source files where nothing is named."""
+    return data.sources() or [LoadedSource("standard library", load_stdlib_corpus()["train"])]
+
+
+def heldout_rows(data: DataArguments, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset | None:
+    """Packed rows that are never trained on, or None where the data has no held-out part."""
+    if data.heldout_dataset is not None:
+        documents = load_source(TextSource(data.heldout_dataset, split=data.heldout_split, text_field=data.text_field))
+    elif not data.sources():
+        documents = load_stdlib_corpus()["heldout"]
+    else:
+        return None
+    rows = pack_dataset(documents, tokenizer, max_length)
+    return rows.select(range(min(len(rows), data.max_heldout_rows)))
+
+
+def main(streams: ParScaleArguments, backbone: BackboneArguments, data: DataArguments, training: SFTConfig) -> None:
+    check_run(streams, backbone, training)
+    prepare_packed_training(training, backbone)
+    identity = run_identity("cpt", streams, backbone, data, training)
+    resume = RunFolder(training.output_dir, identity).open(training.resume_from_checkpoint, training.should_save)
+
+    path = backbone_path(backbone)
+    tokenizer = AutoTokenizer.from_pretrained(path, revision=backbone.model_revision)
+    num_rows = None
+    if training.max_steps > 0:
+        rows_per_step = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+        num_rows = training.max_steps * rows_per_step
+    train_rows, report = build_train_dataset(
+        training_sources(data),
+        tokenizer,
+        training.max_length,
+        training.seed,
+        max_rows=num_rows,
+        shuffle_buffer_size=data.shuffle_buffer_size,
+    )
+    if training.should_save:
+        check_rows(train_rows, tokenizer)
+
+    model, peft_config = trainable_model(path, backbone, streams)
+    trainer = StreamTrainer(
+        model=model,
+        args=training,
+        train_dataset=train_rows,
+        eval_dataset=heldout_rows(data, tokenizer, training.max_length),
+        processing_class=tokenizer,
+        data_collator=PackedCollator(tokenizer.pad_token_id),
+        quantization_config=backbone.quantization_config() if isinstance(model, str) else None,
+        peft_config=peft_config,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    finish_run(trainer, streams, {**identity, "backbone": path}, report)
+    if training.should_save:
+        Console().print(report.table())
+
+
+if __name__ == "__main__":
+    parser = TrlParser((ParScaleArguments, BackboneArguments, DataArguments, SFTConfig))
+    arguments = sys.argv[1:] or ["--config", str(DEMO)]
+    run_recipe(main, parser, arguments)
