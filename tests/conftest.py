@@ -16,6 +16,8 @@ import pytest
 import torch
 
 
+torch.set_num_threads(1)  # tiny models on few cores
+
 SHARED = pathlib.Path(os.environ.get("PARSCALE_SHARED", pathlib.Path(__file__).parents[2] / "shared"))
 
 
