@@ -8,6 +8,7 @@ os.environ.update(
     HF_DATASETS_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",
     CUDA_VISIBLE_DEVICES="",
+    OPENBLAS_NUM_THREADS="1",
 )
 
 import pathlib

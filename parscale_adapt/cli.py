@@ -1,0 +1,45 @@
+"""The `parscale` command: assembles the commands of `parscale_adapt.commands`, one module for each.
+
+A command is a function with typer annotations; add it to `COMMANDS`. It raises ValueError (or OSError) with one
+sentence for bad input, which `main` prints without a traceback. Command modules import nothing heavy at the top.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+
+import typer
+
+from parscale_adapt.commands.cost import cost
+from parscale_adapt.commands.fit_law import fit_law
+from parscale_adapt.commands.predict import predict
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"fit-law": fit_law, "predict": predict, "cost": cost}
+
+app = typer.Typer(
+    name="parscale",
+    help="Parallel scaling (ParScale) for causal language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for _name, _command in COMMANDS.items():
+    app.command(_name)(_command)
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps `parscale NAME` a group of commands, however many there are."""
+
+
+def main() -> None:
+    """Run the command line; bad input ends in one sentence on stderr and exit code 1 (2 for wrong usage)."""
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        if os.environ.get("PARSCALE_TRACEBACK"):
+            raise
+        print(f"parscale: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)

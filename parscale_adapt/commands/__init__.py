@@ -1,0 +1,1 @@
+"""The commands of `parscale`, one module each."""
