@@ -3,11 +3,12 @@
 The cache keeps batch B, so reordering beams, repeating, selecting, cropping and mask sizes stay as they are.
 """
 
+from collections.abc import Set
 from functools import lru_cache
 
 from transformers import Cache
 
-from .streams import fold_streams_into_heads
+from .streams import fold_streams_into_heads, unfold_streams_from_heads
 
 
 _OWNER = "parscale_owner"
@@ -19,9 +20,17 @@ class _StreamFolding:
     __slots__ = ()
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        shape = (key_states.shape[1], key_states.shape[-1], value_states.shape[-1])
         key_states = fold_streams_into_heads(key_states, self.num_streams)
         value_states = fold_streams_into_heads(value_states, self.num_streams)
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        key_states, value_states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if shape in self.attended_shapes:
+            return key_states, value_states
+        # The layer computes its keys and values from what it caches (latent attention) and expects rows.
+        return self._rows(key_states), self._rows(value_states)
+
+    def _rows(self, states):
+        return unfold_streams_from_heads(states, self.num_streams).flatten(0, 1)
 
 
 def claim_cache(cache: Cache, owner: str | None) -> None:
@@ -49,19 +58,21 @@ def _describe(owner: str | None) -> str:
 
 @lru_cache
 def _view_class(cache_class: type[Cache]) -> type[Cache]:
-    namespace = {"__slots__": ("num_streams", "viewed"), "__module__": __name__}
+    namespace = {"__slots__": ("attended_shapes", "num_streams", "viewed"), "__module__": __name__}
     return type(f"StreamView{cache_class.__name__}", (_StreamFolding, cache_class), namespace)
 
 
-def stream_view(cache: Cache, num_streams: int) -> Cache:
+def stream_view(cache: Cache, num_streams: int, attended_shapes: Set[tuple[int, int, int]]) -> Cache:
     """A cache object that shares all state with `cache` and folds streams into heads on `update`.
 
-    `update` returns keys and values as `[B, P * h, T, d]`. `view.viewed` is `cache` itself.
+    `update` returns `[B, P * h, T, d]` where (heads, key size, value size) is among `attended_shapes`, those that
+    reach the attention function, and `[P * B, h, T, d]` elsewhere. `view.viewed` is `cache` itself.
     """
     view_class = _view_class(type(cache))
     view = view_class.__new__(view_class)
     view.__dict__ = cache.__dict__
     view.num_streams = num_streams
+    view.attended_shapes = attended_shapes
     view.viewed = cache
     return view
 

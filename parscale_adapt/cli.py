@@ -11,11 +11,17 @@ from collections.abc import Callable
 import typer
 
 from parscale_adapt.commands.cost import cost
+from parscale_adapt.commands.diagnose import diagnose
 from parscale_adapt.commands.fit_law import fit_law
 from parscale_adapt.commands.predict import predict
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"fit-law": fit_law, "predict": predict, "cost": cost}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "fit-law": fit_law,
+    "predict": predict,
+    "cost": cost,
+    "diagnose": diagnose,
+}
 
 app = typer.Typer(
     name="parscale",

@@ -21,7 +21,8 @@ def attach_stream_hooks(decoder: PreTrainedModel) -> list[RemovableHandle]:
     """Run `decoder` in as many streams as its child module `parscale` says (`num_streams`, 1 = as it is).
 
     The child is called on `last_hidden_state` `[P * B, T, H]` and returns `[B, T, H]`. Its `current_adapter` tells
-    apart whose keys and values a cache holds (None = the plain backbone's).
+    apart whose keys and values a cache holds (None = the plain backbone's); `attended_shapes` are the sizes of keys
+    and values in attention, as in [`parscale_adapt.cache.stream_view`].
     """
     return [
         decoder.register_forward_pre_hook(_enter_streams, with_kwargs=True, prepend=True),
@@ -44,13 +45,19 @@ def _enter_streams(
     tokens = arguments["input_ids"] if arguments.get("input_ids") is not None else arguments["inputs_embeds"]
     batch_size = tokens.shape[0]
     arguments = {name: _replicate_rows(value, batch_size, num_streams) for name, value in arguments.items()}
-    use_cache = arguments.get("use_cache")
-    if cache is None and (decoder.config.use_cache if use_cache is None else use_cache):
+    if cache is None and _wants_cache(decoder, arguments.get("use_cache")):
         cache = DynamicCache(config=decoder.config)
         claim_cache(cache, streams.current_adapter)
     if cache is not None:
-        arguments["past_key_values"] = stream_view(cache, num_streams)
+        arguments["past_key_values"] = stream_view(cache, num_streams, streams.attended_shapes)
     return (), arguments
+
+
+def _wants_cache(decoder: PreTrainedModel, use_cache: bool | None) -> bool:
+    # The same rule as in transformers' `merge_with_config_defaults`; with a cache, packed documents aren't recognised.
+    if decoder.training and getattr(decoder, "gradient_checkpointing", False):
+        return False
+    return getattr(decoder.config, "use_cache", False) if use_cache is None else use_cache
 
 
 def _arguments_by_name(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -81,4 +88,9 @@ def _leave_streams(decoder: PreTrainedModel, args: tuple, kwargs: dict[str, Any]
     output["last_hidden_state"] = streams(output["last_hidden_state"])
     if output.get("past_key_values") is not None:
         output["past_key_values"] = viewed_cache(output["past_key_values"])
+    if output.get("router_logits") is not None:
+        # One entry per layer and stream, so that the backbone's balancing loss finds B * T tokens in each.
+        output["router_logits"] = tuple(
+            stream for layer in output["router_logits"] for stream in layer.chunk(streams.num_streams)
+        )
     return output

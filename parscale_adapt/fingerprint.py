@@ -1,7 +1,8 @@
 """A short fingerprint of a backbone, stored with the adapter, so that an adapter is not put on other weights.
 
-It covers the backbone's shape and a sample of a few tensors that quantization leaves alone, rounded to bfloat16, so
-that the same checkpoint gives the same fingerprint in float32, bfloat16 and float16, quantized or not.
+It covers the backbone's shape and a sample of a few tensors that quantization leaves alone, rounded to bfloat16 with
+and without a step through float16, so that a checkpoint loaded in float32, bfloat16 or float16, quantized or not,
+agrees with itself. (A float32 checkpoint in bfloat16 and in float16 are too far apart to agree with each other.)
 """
 
 import hashlib
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .probe import is_partitioned
+from .probe import gathered, is_partitioned
 
 
 NUM_SAMPLED_VALUES = 4096
@@ -29,12 +30,13 @@ _SHAPE_FIELDS = (
 
 
 def backbone_fingerprint(model: PreTrainedModel) -> dict[str, str]:
-    """`{"shape": ..., tensor name: sha256 of sampled values, ...}` of a causal LM without adapters."""
-    config = model.config.get_text_config().to_dict()
-    shape = {name: config.get(name) for name in _SHAPE_FIELDS}
+    """`{"shape": ..., tensor name: hashes of sampled values, ...}` of a causal LM without adapters."""
+    config = model.config.get_text_config()
+    shape = {name: getattr(config, name, None) for name in _SHAPE_FIELDS}
     fingerprint = {"shape": json.dumps(shape, sort_keys=True)}
     for name, parameter in _sampled_parameters(model):
-        fingerprint[name] = _hash_sample(parameter)
+        if not parameter.is_meta:  # offloaded by accelerate: can't be read here
+            fingerprint[name] = _hash_sample(parameter)
     return fingerprint
 
 
@@ -42,7 +44,7 @@ def describe_difference(expected: dict[str, str], found: dict[str, str]) -> str 
     """One phrase that says how two fingerprints differ, or None where they agree."""
     if expected["shape"] != found["shape"]:
         return f"its shape is {found['shape']} instead of {expected['shape']}"
-    changed = sorted(name for name in expected.keys() & found.keys() if expected[name] != found[name])
+    changed = sorted(name for name in expected.keys() & found.keys() if not _agree(expected[name], found[name]))
     if changed:
         return f"its weights differ (first in `{changed[0]}`)"
     return None
@@ -62,23 +64,26 @@ def _full_shape(parameter: nn.Parameter) -> torch.Size:
     return parameter.ds_shape if is_partitioned(parameter) else parameter.shape
 
 
+def _agree(hashes: str, other: str) -> bool:
+    return not set(hashes.split()).isdisjoint(other.split())
+
+
 def _hash_sample(parameter: nn.Parameter) -> str:
-    if parameter.is_meta:
-        return "meta"
-    values = _sample(parameter).float()
-    values[values.abs() < _SMALLEST_SAMPLED] = 0.0
-    return hashlib.sha256(values.bfloat16().view(torch.int16).numpy().tobytes()).hexdigest()[:16]
+    values = _sample(parameter)
+    return f"{_hash(values)} {_hash(values.half())}"
+
+
+def _hash(values: torch.Tensor) -> str:
+    rounded = values.bfloat16()
+    rounded[rounded.abs() < _SMALLEST_SAMPLED] = 0.0
+    return hashlib.sha256(rounded.view(torch.int16).numpy().tobytes()).hexdigest()[:16]
 
 
 @torch.no_grad()
 def _sample(parameter: nn.Parameter) -> torch.Tensor:
     """Up to `NUM_SAMPLED_VALUES` evenly spaced values of a tensor, on the CPU."""
-    if is_partitioned(parameter):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([parameter]):
-            return _evenly_spaced(parameter)
-    return _evenly_spaced(parameter)
+    with gathered([parameter]):
+        return _evenly_spaced(parameter)
 
 
 def _evenly_spaced(parameter: nn.Parameter) -> torch.Tensor:

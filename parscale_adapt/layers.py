@@ -118,13 +118,15 @@ class DecoderStreams(ParScaleLayer):
     Args:
         host: the decoder.
         hidden_size: size of its final hidden states.
+        attended_shapes: sizes of the keys and values in its attention modules.
     """
 
     adapter_layer_names = ("parscale_aggregator",)
 
-    def __init__(self, host: nn.Module, hidden_size: int):
+    def __init__(self, host: nn.Module, hidden_size: int, attended_shapes: frozenset[AttentionShape]):
         super().__init__(host)
         self.hidden_size = hidden_size
+        self.attended_shapes = attended_shapes
         self.parscale_aggregator = nn.ModuleDict()
 
     def update_layer(self, adapter_name: str, config: ParScaleConfig) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -11,8 +12,7 @@ from transformers import PreTrainedModel
 from .attention import observe_attention, route_through_streams
 
 
-@dataclass
-class AttentionShape:
+class AttentionShape(NamedTuple):
     """Sizes of the keys and values that one attention module hands to the attention function."""
 
     num_key_value_heads: int
@@ -65,6 +65,8 @@ def find_decoder(model: nn.Module) -> str:
             f"{class_name} is not a causal LM with an LM head: load the backbone with `AutoModelForCausalLM`."
         )
     decoder = model.get_decoder()
+    if not isinstance(decoder, PreTrainedModel):  # ModernBERT calls its LM head `decoder`
+        decoder = model.base_model
     if decoder is model:
         raise ValueError(
             f"{class_name} has no decoder module apart from its LM head, so its hidden states can't be mixed."
@@ -107,7 +109,7 @@ def observe_states(
     device = model.get_input_embeddings().weight.device
     positions = {} if position_ids is None else {"position_ids": position_ids.to(device)}
     with evaluating(model), gathered_parameters(model), observe_attention(record):
-        output = model.get_decoder()(input_ids=input_ids.to(device), use_cache=False, **positions)
+        output = model.get_submodule(find_decoder(model))(input_ids=input_ids.to(device), use_cache=False, **positions)
     return Observation(states, output[0].shape[-1])
 
 
@@ -146,6 +148,21 @@ def gathered_parameters(model: nn.Module) -> Iterator[None]:
         for module in owners:
             stack.callback(module.register_forward_pre_hook(gather).remove)
             stack.callback(module.register_forward_hook(release, always_call=True).remove)
+        yield
+
+
+@contextmanager
+def gathered(parameters: list[nn.Parameter], writer: int | None = None) -> Iterator[None]:
+    """Hold the full values of parameters that DeepSpeed ZeRO-3 partitions; every rank must enter.
+
+    What the block writes into them is lost, unless `writer` names the rank whose values all ranks take over.
+    """
+    if not any(is_partitioned(parameter) for parameter in parameters):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=writer):
         yield
 
 

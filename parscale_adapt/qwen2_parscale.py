@@ -43,9 +43,11 @@ class _DecoderStreams:
 
     current_adapter = "qwen2_parscale"
 
-    def __init__(self, aggregator: Aggregator):
-        self.num_streams = aggregator.num_streams
-        self.aggregator = aggregator
+    def __init__(self, decoder: "Qwen2ParScaleModel"):
+        attention = decoder.layers[0].self_attn
+        self.attended_shapes = {(decoder.config.num_key_value_heads, attention.head_dim, attention.head_dim)}
+        self.num_streams = decoder.config.parscale_n
+        self.aggregator = decoder.aggregate_layer
 
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.aggregator(hidden_states)
@@ -87,9 +89,9 @@ class Qwen2ParScaleModel(Qwen2Model):
             self.post_init()
 
     @property
-    def parscale(self) -> "_DecoderStreams":
+    def parscale(self) -> _DecoderStreams:
         """The streams of this decoder; see [`parscale_adapt.decoder`]."""
-        return _DecoderStreams(self.aggregate_layer)
+        return _DecoderStreams(self)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -6,17 +6,20 @@ from peft.tuners.tuners_utils import BaseTuner
 
 
 class _ThirdPartyPeftType(str):
-    """A plain string with the `value` and `name` that PEFT reads off members of its own enum."""
+    """A plain string with the `value`, `name` and printed form that PEFT reads off members of its own enum."""
 
     __slots__ = ()
 
     @property
     def value(self) -> str:
-        return str(self)
+        return str.__str__(self)
 
     @property
     def name(self) -> str:
-        return str(self)
+        return str.__str__(self)
+
+    def __str__(self) -> str:
+        return f"PeftType.{self.name}"
 
 
 PARSCALE = _ThirdPartyPeftType("PARSCALE")

@@ -9,11 +9,12 @@ from collections.abc import Iterable
 import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .attention import STREAMS_ATTRIBUTE
 from .layers import AttentionStreams, ParScaleLayer
 from .prefix import ReparameterizedPrefix
-from .probe import is_partitioned
+from .probe import gathered, is_partitioned
 from .registration import PARAMETER_PREFIX
 
 
@@ -31,6 +32,20 @@ def checkpoint_key(key: str, adapter_name: str) -> str:
     return name if container.startswith("prefix") else f"{name}.{parameter}"
 
 
+def refuse_reparameterized(model: nn.Module, adapter_name: str) -> None:
+    """Files hold folded prefixes, which don't fit into the MLPs of an adapter that is in training.
+
+    Raises:
+        ValueError: the prefixes of the adapter are reparameterised.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, ReparameterizedPrefix) and name.endswith(f".{adapter_name}"):
+            raise ValueError(
+                f"Adapter {adapter_name!r} computes its prefixes by an MLP (`init_weights='reparameterized'`), the file "
+                "holds them folded: load the file into a new adapter, which goes on with plain prefixes."
+            )
+
+
 def fold_reparameterized(
     model: nn.Module, tensors: dict[str, torch.Tensor], adapter_name: str
 ) -> dict[str, torch.Tensor]:
@@ -40,19 +55,17 @@ def fold_reparameterized(
         if not isinstance(module, ReparameterizedPrefix) or not name.endswith(f".{adapter_name}"):
             continue
         parameters = {key: folded.pop(f"{name}.{key}") for key, _ in module.named_parameters()}
-        with torch.no_grad():
-            prefix = torch.func.functional_call(_Folding(module), {f"module.{k}": v for k, v in parameters.items()})
-        folded[f"{name}.weight"] = prefix.contiguous()
+        folded[f"{name}.weight"] = fold_prefix(module, parameters)
     return folded
 
 
-class _Folding(nn.Module):
-    def __init__(self, module: ReparameterizedPrefix):
-        super().__init__()
-        self.module = module
-
-    def forward(self) -> torch.Tensor:
-        return self.module.folded()
+@torch.no_grad()
+def fold_prefix(module: ReparameterizedPrefix, parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The plain prefix that a reparameterised one computes with these values of its parameters."""
+    with torch.device("meta"):
+        copy = ReparameterizedPrefix(module.shape)  # without the hooks that engines put on the module itself
+    copy.load_state_dict(parameters, assign=True)
+    return copy.folded().contiguous()
 
 
 def expected_adapter_shapes(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, ...]]:
@@ -86,7 +99,8 @@ def load_backbone(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     """Copy tensors into the backbone's own parameters, so that tied ones stay tied and no dtype changes."""
     parameters = dict(model.named_parameters())
     for name, tensor in tensors.items():
-        parameters[name].copy_(tensor)
+        with gathered([parameters[name]], writer=0):
+            parameters[name].copy_(tensor)
 
 
 def backbone_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -108,10 +122,11 @@ def check_complete(tensors: dict[str, torch.Tensor], expected: dict[str, tuple[i
     """Compare names and shapes of a set of tensors with what it must hold.
 
     Raises:
-        ValueError: tensors are missing, have another shape (as shards that were not gathered have), or are not
-            expected.
+        ValueError: tensors are missing, are shards that were not gathered (DeepSpeed's have another shape), have
+            another shape, or are not expected.
     """
     problems = [
+        _some("only a shard", (name for name in expected if isinstance(tensors.get(name), DTensor))),
         _some("missing", expected.keys() - tensors.keys()),
         _some("unexpected", tensors.keys() - expected.keys()),
         _some(

@@ -26,6 +26,7 @@ from .state import (
     expected_adapter_shapes,
     fold_reparameterized,
     load_backbone,
+    refuse_reparameterized,
     saved_module_shapes,
 )
 
@@ -121,7 +122,8 @@ class ParScaleModel(BaseTuner):
     def _new_layer(self, target: nn.Module, key: str) -> ParScaleLayer:
         if key == self._backbone.decoder_name:
             self._stream_hooks = attach_stream_hooks(target)
-            return DecoderStreams(target, self._backbone.hidden_size)
+            attended_shapes = frozenset(self._backbone.attention_shapes.values())
+            return DecoderStreams(target, self._backbone.hidden_size, attended_shapes)
         return AttentionStreams(target, self._backbone.attention_shapes[key])
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
@@ -143,6 +145,16 @@ class ParScaleModel(BaseTuner):
         if isinstance(adapter_name, list) and len(adapter_name) > 1:
             raise ValueError(f"Only one ParScale adapter can be active at a time, got {adapter_name}.")
         super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
+        """Refuses PEFT's `adapter_names`, which would otherwise be ignored."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "`adapter_names` can't mix adapters within a batch, since each may run another number of streams: "
+                "switch with `set_adapter` and run each adapter on its own batch."
+            )
+        yield
 
     def unload(self) -> nn.Module:
         """The plain backbone, without any trace of streams."""
@@ -201,6 +213,7 @@ class ParScaleModel(BaseTuner):
         Raises:
             ValueError: a tensor is missing, unexpected, or has another shape.
         """
+        refuse_reparameterized(model, adapter_name)
         expected = expected_adapter_shapes(model, adapter_name) | saved_module_shapes(model, adapter_name)
         backbone = backbone_shapes(model) if config.train_backbone else {}
         model_keys = {checkpoint_key(key, adapter_name): key for key in expected}

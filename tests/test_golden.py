@@ -37,7 +37,7 @@ def load_into_adapter(folder, implementation):
     missing, unexpected = model.load_state_dict({renamed[key]: tensors[key] for key in tensors}, strict=False)
     assert not unexpected
     assert all("lm_head" in key for key in missing)
-    return model, {key: name for key, name in renamed.items()}
+    return model, renamed
 
 
 def name_in_adapter(key):

@@ -27,7 +27,7 @@ _EXTRAS = {
     "llama": {},
     "mistral": {"sliding_window": 5, "head_dim": 8},
     "gemma3_text": {"sliding_window": 5, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]},
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
+    "gpt2": {},
     "phi3": {},
     "olmo2": {},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
@@ -39,6 +39,15 @@ _EXTRAS = {
         "layer_types": ["sliding_attention", "full_attention"],
     },
     "qwen3_moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "deepseek_v3": {  # caches latents, from which it computes keys of 12 and values of 6
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 8,
+        "q_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 6,
+        "first_k_dense_replace": 2,
+    },
 }
 ARCHITECTURES = tuple(_EXTRAS)
 
@@ -56,11 +65,13 @@ def tiny_model(model_type: str = "qwen2", implementation: str = "sdpa", seed: in
     return AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
 
 
-def with_streams(model: PreTrainedModel, num_streams: int = 2, seed: int = 1, std: float = 0.5, **fields) -> PeftModel:
+def with_streams(
+    model: PreTrainedModel, num_streams: int = 2, adapter_name: str = "default", seed: int = 1, **fields
+) -> PeftModel:
     """The model with an adapter that clearly changes its output."""
     torch.manual_seed(seed)
-    fields = {"task_type": "CAUSAL_LM", "num_prefix_tokens": 3, "init_std": std, **fields}
-    return get_peft_model(model, ParScaleConfig(num_streams=num_streams, **fields)).eval()
+    fields = {"task_type": "CAUSAL_LM", "num_prefix_tokens": 3, "init_std": 0.5, **fields}
+    return get_peft_model(model, ParScaleConfig(num_streams=num_streams, **fields), adapter_name).eval()
 
 
 def random_tokens(batch_size: int = 2, length: int = 9, seed: int = 2) -> torch.Tensor:

@@ -1,0 +1,83 @@
+"""An independent road to the output of P streams: one plain forward per stream, mixed by hand in numpy.
+
+Its attention is written here from the paper's section 2 and shares no code with the package; the prefixes and the
+aggregator are read by their names in an adapter file.
+"""
+
+import math
+
+import numpy as np
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from tiny_models import tiny_model
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
+
+
+_prefixes: dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
+
+
+def _attention(module, query, key, value, attention_mask, scaling=None, softcap=None, **kwargs):
+    num_rows, num_heads, num_queries, size = query.shape
+    key_head = [head // (num_heads // key.shape[1]) for head in range(num_heads)]
+    outputs = []
+    for head in range(num_heads):
+        keys, values = key[:, key_head[head]], value[:, key_head[head]]
+        visible = attention_mask[:, 0]
+        if module in _prefixes:
+            prefix_key, prefix_value = (
+                prefix[key_head[head]].expand(num_rows, -1, -1) for prefix in _prefixes[module]
+            )
+            keys, values = torch.cat([prefix_key, keys], 1), torch.cat([prefix_value, values], 1)
+            visible = torch.cat([visible.new_zeros(visible.shape[0], num_queries, prefix_key.shape[1]), visible], 2)
+        scores = query[:, head] @ keys.transpose(1, 2) * (1 / math.sqrt(size) if scaling is None else scaling)
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        scores = scores + visible
+        if hasattr(module, "sinks"):
+            scores = torch.cat([scores, module.sinks[head].expand(num_rows, num_queries, 1)], 2)
+        weights = torch.softmax(scores, -1)[..., : keys.shape[1]]
+        outputs.append(weights @ values)
+    return torch.stack(outputs, 2), None
+
+
+AttentionInterface.register("oracle", _attention)
+AttentionMaskInterface.register("oracle", eager_mask)
+
+
+def file_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
+    """The tensors of the active adapter by their names in a file, relative to the backbone."""
+    tensors = get_peft_model_state_dict(model, adapter_name=model.active_adapter)
+    return {name.removeprefix("base_model.model."): tensor.detach() for name, tensor in tensors.items()}
+
+
+def mix_by_hand(hidden_states: list[torch.Tensor], tensors: dict[str, torch.Tensor], smoothing: float) -> torch.Tensor:
+    """`P` hidden states `[B, T, H]` to `[B, T, H]`, token by token."""
+    weight = {name.partition("parscale_aggregator.")[2]: tensor.numpy() for name, tensor in tensors.items()}
+    streams = np.stack([states.detach().numpy() for states in hidden_states])
+    mixed = np.empty_like(streams[0])
+    for index in np.ndindex(mixed.shape[:2]):
+        at_token = streams[(slice(None), *index)]
+        hidden = weight["0.weight"] @ at_token.T.reshape(-1) + weight["0.bias"]
+        logits = weight["2.weight"] @ (hidden / (1 + np.exp(-hidden))) + weight["2.bias"]
+        shares = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+        mixed[index] = (shares * (1 - smoothing) + smoothing / len(shares)) @ at_token
+    return torch.from_numpy(mixed)
+
+
+@torch.no_grad()
+def logits_by_hand(
+    model: PeftModel, model_type: str = "qwen2", changes: dict | None = None, **inputs: torch.Tensor
+) -> torch.Tensor:
+    """Logits of `model`, an adapter on `tiny_model(model_type, **changes)`, from one forward per stream."""
+    backbone = tiny_model(model_type, "oracle", **(changes or {}))
+    tensors = file_tensors(model)
+    config = model.peft_config[model.active_adapter]
+    hidden_states = []
+    for stream in range(config.num_streams):
+        for name, module in backbone.named_modules():
+            if f"{name}.parscale_prefix_k" in tensors:
+                _prefixes[module] = tuple(tensors[f"{name}.parscale_prefix_{kind}"][stream] for kind in "kv")
+        hidden_states.append(backbone.get_decoder()(**inputs, use_cache=False).last_hidden_state)
+    _prefixes.clear()
+    return backbone.get_output_embeddings()(mix_by_hand(hidden_states, tensors, config.aggregator_smoothing))

@@ -1,0 +1,160 @@
+import itertools
+import math
+
+import pytest
+import torch
+from tiny_models import random_tokens, tiny_model, with_streams
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama import modeling_llama
+
+from parscale_adapt.attention import (
+    SUPPORTED_IMPLEMENTATIONS,
+    observe_attention,
+    restore_stock_attention,
+    route_through_streams,
+)
+from parscale_adapt.prefix import StreamPrefix
+from parscale_adapt.streams import fold_streams_into_heads
+
+
+P, B, HEADS, GROUPS, SIZE, VALUE_SIZE, N = 2, 3, 2, 2, 8, 6, 4
+
+
+class Streams(torch.nn.Module):
+    """What the attention function asks of a layer: prefixes of two kinds, values of another size than keys."""
+
+    num_streams, num_prefix_tokens = P, N
+
+    def __init__(self):
+        super().__init__()
+        self.keys, self.values = StreamPrefix((P, HEADS, N, SIZE)), StreamPrefix((P, HEADS, N, VALUE_SIZE))
+        self.keys.reset_parameters(1.0)
+        self.values.reset_parameters(1.0)
+
+    def forward(self, key, value):
+        return self.keys(key), self.values(value)
+
+
+def attention_module():
+    module = modeling_llama.LlamaAttention(tiny_model("llama").config, layer_idx=0)
+    module.num_key_value_groups = GROUPS
+    module.parscale = Streams()
+    return module
+
+
+def random_states(length, past=0):
+    query = torch.randn(P * B, HEADS * GROUPS, length, SIZE)
+    key = torch.randn(P * B, HEADS, past + length, SIZE)
+    return query, key, torch.randn(P * B, HEADS, past + length, VALUE_SIZE)
+
+
+def attend(implementation, module, query, key, value, mask=None):
+    function = ALL_ATTENTION_FUNCTIONS[f"parscale_{implementation}"]
+    return function(module, query, key, value, mask, scaling=SIZE**-0.5, dropout=0.0)[0]
+
+
+def attend_by_hand(streams, query, key, value, visible):
+    """One query at a time; `visible[row, query, key]` speaks of the layer's own keys."""
+    output = torch.empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
+    for row, head, token in itertools.product(*map(range, query.shape[:3])):
+        stream, key_head = row // B, head // GROUPS
+        seen = visible[row, token].nonzero().flatten()
+        keys = torch.cat([streams.keys.weight[stream, key_head], key[row, key_head, seen]])
+        values = torch.cat([streams.values.weight[stream, key_head], value[row, key_head, seen]])
+        weights = torch.softmax(keys @ query[row, head, token] / math.sqrt(SIZE), 0)
+        output[row, token, head] = weights @ values
+    return output
+
+
+def causal(length, past=0):
+    return torch.ones(P * B, length, past + length, dtype=torch.bool).tril(past)
+
+
+@pytest.mark.parametrize("folded", [False, True], ids=["rows", "folded"])
+@pytest.mark.parametrize("length", [1, 5])
+def test_without_a_mask_sdpa_lets_token_t_see_the_prefix_and_tokens_up_to_t(length, folded):
+    module, (query, key, value) = attention_module(), random_states(length)
+    expected = attend_by_hand(module.parscale, query, key, value, causal(length))
+    if folded:
+        key, value = fold_streams_into_heads(key, P), fold_streams_into_heads(value, P)
+    torch.testing.assert_close(attend("sdpa", module, query, key, value), expected)
+
+
+def test_without_a_mask_one_new_token_sees_the_prefix_and_everything_cached():
+    module, (query, key, value) = attention_module(), random_states(1, past=5)
+    expected = attend_by_hand(module.parscale, query, key, value, causal(1, past=5))
+    torch.testing.assert_close(attend("sdpa", module, query, key, value), expected)
+
+
+@pytest.mark.parametrize("rows_of_mask", [1, P * B])
+@pytest.mark.parametrize(("implementation", "kind"), [("sdpa", "bool"), ("sdpa", "float"), ("eager", "float")])
+def test_a_mask_hides_tokens_but_never_the_prefix(implementation, kind, rows_of_mask):
+    module, (query, key, value) = attention_module(), random_states(5, past=2)
+    visible = causal(5, past=2)
+    visible[:, :, 0] = False  # padding
+    visible[:, 4, :4] = False  # a window
+    visible[:, 1] = False  # a token that sees nothing but the prefix
+    mask = visible[:rows_of_mask, None]
+    if kind == "float":
+        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    expected = attend_by_hand(module.parscale, query, key, value, visible)
+    torch.testing.assert_close(attend(implementation, module, query, key, value, mask), expected)
+
+
+@pytest.mark.parametrize("implementation", SUPPORTED_IMPLEMENTATIONS)
+def test_a_module_without_streams_gets_the_stock_function(implementation):
+    module, (query, key, value) = attention_module(), random_states(5)
+    del module.parscale
+    mask = torch.zeros(1, 1, 5, 5)
+    stock = {"eager": modeling_llama.eager_attention_forward, "sdpa": ALL_ATTENTION_FUNCTIONS["sdpa"]}[implementation]
+    expected = stock(module, query, key, value, mask, scaling=SIZE**-0.5, dropout=0.0)[0]
+    assert torch.equal(attend(implementation, module, query, key, value, mask), expected)
+
+
+@pytest.mark.parametrize("implementation", SUPPORTED_IMPLEMENTATIONS)
+def test_routing_is_undone_exactly(implementation):
+    model = tiny_model(implementation=implementation)
+    route_through_streams(model)
+    route_through_streams(model)
+    assert model.config._attn_implementation == f"parscale_{implementation}"
+    restore_stock_attention(model)
+    assert model.config._attn_implementation == implementation
+    restore_stock_attention(model)
+    assert model.config._attn_implementation == implementation
+
+
+def test_a_model_set_back_to_a_stock_name_by_its_user_is_routed_again():
+    model = with_streams(tiny_model())
+    expected = model(random_tokens()).logits
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(model(random_tokens()).logits, expected, atol=1e-4, rtol=1e-4)
+    assert model.config._attn_implementation == "parscale_eager"
+
+
+def test_an_unsupported_implementation_is_refused_by_name():
+    model = tiny_model(implementation="flex_attention")
+    with pytest.raises(ValueError, match=r"must be one of eager, sdpa for streams, got 'flex_attention'"):
+        route_through_streams(model)
+
+
+@pytest.mark.parametrize("name", ["indices", "block_indices", "position_bias"])
+def test_attention_that_addresses_single_keys_is_refused(name):
+    function = ALL_ATTENTION_FUNCTIONS["parscale_sdpa"]
+    with pytest.raises(ValueError, match=f"LlamaAttention picks or weighs single keys .`{name}`."):
+        function(attention_module(), *random_states(5), None, **{name: torch.zeros(1)})
+
+
+def test_an_eager_attention_of_unknown_origin_is_refused():
+    module = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r'Linear has no eager attention function .* `attn_implementation="sdpa"`'):
+        attend("eager", module, *random_states(5))
+
+
+def test_observers_see_keys_before_the_prefix_and_only_inside_their_block():
+    module, (query, key, value) = attention_module(), random_states(5)
+    seen = []
+    with observe_attention(lambda *call: seen.append(call)):
+        attend("sdpa", module, query, key, value)
+    attend("sdpa", module, query, key, value)
+    assert len(seen) == 1
+    assert seen[0] == (module, key, value)
