@@ -5,7 +5,9 @@ The cache keeps batch B, so reordering beams, repeating, selecting, cropping and
 
 from collections.abc import Set
 from functools import lru_cache
+from typing import Any
 
+import torch
 from transformers import Cache
 
 from .streams import fold_streams_into_heads, unfold_streams_from_heads
@@ -14,12 +16,17 @@ from .streams import fold_streams_into_heads, unfold_streams_from_heads
 _OWNER = "parscale_owner"
 
 
-class _StreamFolding:
-    """Mixin whose `update` stores `[P * B, h, T, d]` as `[B, P * h, T, d]`."""
+class _StreamFolding(Cache):
+    """Mixin whose `update` stores `[P * B, h, T, d]` as `[B, P * h, T, d]`; see [`stream_view`] for its fields."""
 
     __slots__ = ()
+    num_streams: int
+    attended_shapes: Set[tuple[int, int, int]]
+    viewed: Cache
 
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         shape = (key_states.shape[1], key_states.shape[-1], value_states.shape[-1])
         key_states = fold_streams_into_heads(key_states, self.num_streams)
         value_states = fold_streams_into_heads(value_states, self.num_streams)
@@ -29,7 +36,7 @@ class _StreamFolding:
         # The layer computes its keys and values from what it caches (latent attention) and expects rows.
         return self._rows(key_states), self._rows(value_states)
 
-    def _rows(self, states):
+    def _rows(self, states: torch.Tensor) -> torch.Tensor:
         return unfold_streams_from_heads(states, self.num_streams).flatten(0, 1)
 
 
@@ -57,7 +64,7 @@ def _describe(owner: str | None) -> str:
 
 
 @lru_cache
-def _view_class(cache_class: type[Cache]) -> type[Cache]:
+def _view_class(cache_class: type) -> type:
     namespace = {"__slots__": ("attended_shapes", "num_streams", "viewed"), "__module__": __name__}
     return type(f"StreamView{cache_class.__name__}", (_StreamFolding, cache_class), namespace)
 
@@ -68,8 +75,8 @@ def stream_view(cache: Cache, num_streams: int, attended_shapes: Set[tuple[int, 
     `update` returns `[B, P * h, T, d]` where (heads, key size, value size) is among `attended_shapes`, those that
     reach the attention function, and `[P * B, h, T, d]` elsewhere. `view.viewed` is `cache` itself.
     """
-    view_class = _view_class(type(cache))
-    view = view_class.__new__(view_class)
+    cache_class: Any = type(cache)
+    view: Any = object.__new__(_view_class(cache_class))
     view.__dict__ = cache.__dict__
     view.num_streams = num_streams
     view.attended_shapes = attended_shapes

@@ -64,7 +64,7 @@ class ParScaleModel(BaseTuner):
         self._check_fingerprint(config)
 
     def _check_fingerprint(self, config: ParScaleConfig) -> None:
-        if not config.describes_saved_adapter:
+        if config.backbone_fingerprint is None or not config.describes_saved_adapter:
             config.backbone_fingerprint = self._fingerprint
             return
         difference = describe_difference(config.backbone_fingerprint, self._fingerprint)
@@ -97,7 +97,7 @@ class ParScaleModel(BaseTuner):
 
     @staticmethod
     def _check_target_module_exists(peft_config: ParScaleConfig, key: str) -> bool:
-        return key in peft_config.target_modules
+        return key in (peft_config.target_modules or ())
 
     def _create_and_replace(
         self,

@@ -30,11 +30,11 @@ from parscale_adapt.data import (
 from parscale_adapt.training import (
     BackboneArguments,
     DataArguments,
-    RunFolder,
     StreamTrainer,
     backbone_path,
     check_run,
     finish_run,
+    open_run_folder,
     prepare_packed_training,
     run_identity,
     run_recipe,
@@ -50,10 +50,21 @@ def training_sources(data: DataArguments) -> list[TextSource | LoadedSource]:
     return data.sources() or [LoadedSource("standard library", load_stdlib_corpus()["train"])]
 
 
+def num_training_rows(data: DataArguments, training: SFTConfig) -> int | None:
+    """Rows that `max_steps` steps consume; None where a number of epochs decides."""
+    if training.max_steps > 0:
+        rows_per_step = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+        return training.max_steps * rows_per_step
+    if any(source.streaming for source in data.sources()):
+        raise ValueError("A streaming source has no length to count epochs of: give `--max_steps`.")
+    return None
+
+
 def heldout_rows(data: DataArguments, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset | None:
     """Packed rows that are never trained on, or None where the data has no held-out part."""
-    if data.heldout_dataset is not None:
-        documents = load_source(TextSource(data.heldout_dataset, split=data.heldout_split, text_field=data.text_field))
+    source = data.heldout_source()
+    if source is not None:
+        documents = load_source(source)
     elif not data.sources():
         documents = load_stdlib_corpus()["heldout"]
     else:
@@ -66,20 +77,16 @@ def main(streams: ParScaleArguments, backbone: BackboneArguments, data: DataArgu
     check_run(streams, backbone, training)
     prepare_packed_training(training, backbone)
     identity = run_identity("cpt", streams, backbone, data, training)
-    resume = RunFolder(training.output_dir, identity).open(training.resume_from_checkpoint, training.should_save)
+    resume = open_run_folder(training, identity)
 
     path = backbone_path(backbone)
     tokenizer = AutoTokenizer.from_pretrained(path, revision=backbone.model_revision)
-    num_rows = None
-    if training.max_steps > 0:
-        rows_per_step = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
-        num_rows = training.max_steps * rows_per_step
     train_rows, report = build_train_dataset(
         training_sources(data),
         tokenizer,
         training.max_length,
         training.seed,
-        max_rows=num_rows,
+        max_rows=num_training_rows(data, training),
         shuffle_buffer_size=data.shuffle_buffer_size,
     )
     if training.should_save:

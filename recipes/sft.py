@@ -20,12 +20,12 @@ from parscale_adapt.data import check_rows
 from parscale_adapt.training import (
     BackboneArguments,
     InstructionArguments,
-    RunFolder,
     StreamTrainer,
     backbone_path,
     check_run,
     finish_run,
     load_instructions,
+    open_run_folder,
     prepare_instruction_training,
     run_identity,
     run_recipe,
@@ -42,7 +42,7 @@ def main(
     check_run(streams, backbone, training)
     prepare_instruction_training(training, backbone)
     identity = run_identity("sft", streams, backbone, data, training)
-    resume = RunFolder(training.output_dir, identity).open(training.resume_from_checkpoint, training.should_save)
+    resume = open_run_folder(training, identity)
 
     path = backbone_path(backbone)
     tokenizer = AutoTokenizer.from_pretrained(path, revision=backbone.model_revision)

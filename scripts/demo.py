@@ -89,7 +89,16 @@ def plot_curves(before: float, runs: dict[str, list[dict]], path: Path) -> None:
     """Held-out loss against tokens of stage 2, one line per variant (first seed)."""
     figure, axes = pyplot.subplots(figsize=(7.5, 4.2), layout="constrained")
     axes.axhline(before, color="#999999", linestyle="--", linewidth=1)
-    axes.text(0, before, " backbone before", color="#777777", va="bottom", fontsize="small")
+    axes.text(
+        0.99,
+        before,
+        "backbone before",
+        transform=axes.get_yaxis_transform(),
+        color="#777777",
+        ha="right",
+        va="bottom",
+        fontsize="small",
+    )
     palette = ["#555555", "#0072B2", "#D55E00", "#009E73", "#CC79A7"]
     for color, (label, metrics) in zip(palette, runs.items()):
         points = [entry for entry in metrics[0]["log_history"] if "eval_loss" in entry]

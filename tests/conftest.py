@@ -15,6 +15,7 @@ import pathlib
 
 import pytest
 import torch
+from recipe_runs import Material, RecipeServer
 
 
 torch.set_num_threads(1)  # tiny models on few cores
@@ -34,3 +35,17 @@ def golden():
     if not folder.is_dir():
         pytest.skip(f"golden data of the published model not found at {folder} (set PARSCALE_SHARED)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def material(tmp_path_factory):
+    """A tiny backbone and small text files for the recipes."""
+    return Material(tmp_path_factory.mktemp("material"))
+
+
+@pytest.fixture(scope="session")
+def recipes(tmp_path_factory):
+    """Runs recipes, each in a process of its own."""
+    server = RecipeServer(tmp_path_factory.mktemp("recipes"))
+    yield server
+    server.close()

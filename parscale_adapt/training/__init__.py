@@ -3,9 +3,9 @@
 from .arguments import BackboneArguments, DataArguments
 from .checks import check_run, prepare_packed_training, prepare_training
 from .instructions import InstructionArguments, load_instructions, prepare_instruction_training
-from .launch import backbone_path, run_identity, run_recipe, trainable_model
+from .launch import backbone_path, open_run_folder, run_identity, run_recipe, trainable_model
 from .report import finish_run
-from .run_folder import RunFolder
+from .stream_statistics import StreamStatisticsCallback
 from .trainer import StreamTrainer
 
 
@@ -13,12 +13,13 @@ __all__ = [
     "BackboneArguments",
     "DataArguments",
     "InstructionArguments",
-    "RunFolder",
+    "StreamStatisticsCallback",
     "StreamTrainer",
     "backbone_path",
     "check_run",
     "finish_run",
     "load_instructions",
+    "open_run_folder",
     "prepare_instruction_training",
     "prepare_packed_training",
     "prepare_training",

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import BitsAndBytesConfig
 
-from ..data import TextSource
+from ..data import TextSource, find_local_files
 
 
 @dataclass
@@ -75,7 +75,9 @@ class DataArguments:
     heldout_dataset: str | None = field(
         default=None, metadata={"help": "Hub dataset or local file to measure the held-out loss on."}
     )
-    heldout_split: str = field(default="test", metadata={"help": "Split of a hub held-out dataset."})
+    heldout_split: str | None = field(
+        default=None, metadata={"help": "Split of the held-out dataset; 'test' on the hub, all of a local file."}
+    )
     max_heldout_rows: int = field(default=256, metadata={"help": "Rows of --max_length tokens to measure it on."})
     shuffle_buffer_size: int = field(
         default=1000, metadata={"help": "Documents held to shuffle a streaming source; 0 keeps its order."}
@@ -96,3 +98,11 @@ class DataArguments:
                 self.dataset_name, self.dataset_config, self.dataset_split, self.text_field, streaming=self.streaming
             )
         ]
+
+    def heldout_source(self) -> TextSource | None:
+        """The text to measure the held-out loss on; None where none is named."""
+        if self.heldout_dataset is None:
+            return None
+        is_local = find_local_files(self.heldout_dataset) is not None
+        split = self.heldout_split or ("train" if is_local else "test")
+        return TextSource(self.heldout_dataset, split=split, text_field=self.text_field)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from trl import SFTConfig
 
+from ..attention import SUPPORTED_IMPLEMENTATIONS
 from ..config import ParScaleArguments
 from .arguments import BackboneArguments
 
@@ -32,6 +33,14 @@ FORBIDDEN_COMBINATIONS = (
     ),
     Combination(frozenset({"fsdp1"}), "only FSDP2 is supported: use accelerate_configs/fsdp2.yaml"),
     Combination(
+        frozenset({"fsdp_cpu_ram_efficient_loading"}),
+        "streams look at the backbone's weights on every rank: use accelerate_configs/fsdp2.yaml, which loads them",
+    ),
+    Combination(
+        frozenset({"fsdp_activation_checkpointing"}),
+        "it renames the modules that streams live in: use --gradient_checkpointing true",
+    ),
+    Combination(
         frozenset({"one_stream", "frozen"}),
         "one stream on a frozen backbone has nothing to learn: use --num_streams 2 or more, or --train_backbone true",
     ),
@@ -40,7 +49,8 @@ FORBIDDEN_COMBINATIONS = (
 
 def run_properties(streams: ParScaleArguments, backbone: BackboneArguments, training: SFTConfig) -> set[str]:
     """The properties of a run that [`FORBIDDEN_COMBINATIONS`] speaks of."""
-    uses_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    uses_fsdp = _is_set("ACCELERATE_USE_FSDP") or bool(training.fsdp)
+    fsdp = training.fsdp_plugin_args or {}
     zero_stage = training.deepspeed_plugin.zero_stage if training.deepspeed_plugin is not None else 0
     present = {
         "load_in_4bit": backbone.load_in_4bit,
@@ -49,9 +59,16 @@ def run_properties(streams: ParScaleArguments, backbone: BackboneArguments, trai
         "one_stream": streams.num_streams == 1,
         "zero3": zero_stage == 3,
         "fsdp": uses_fsdp,
-        "fsdp1": uses_fsdp and os.environ.get("FSDP_VERSION", "1") != "2",
+        "fsdp1": uses_fsdp and (fsdp.get("fsdp_version") or int(os.environ.get("FSDP_VERSION", "1"))) == 1,
+        "fsdp_activation_checkpointing": uses_fsdp
+        and (_is_set("FSDP_ACTIVATION_CHECKPOINTING") or fsdp.get("activation_checkpointing", False)),
+        "fsdp_cpu_ram_efficient_loading": uses_fsdp and _is_set("FSDP_CPU_RAM_EFFICIENT_LOADING"),
     }
     return {name for name, holds in present.items() if holds}
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() == "true"
 
 
 def prepare_packed_training(training: SFTConfig, backbone: BackboneArguments) -> None:
@@ -65,12 +82,13 @@ def prepare_packed_training(training: SFTConfig, backbone: BackboneArguments) ->
             "`packing` and `padding_free` have no effect here: rows are packed already, each document apart."
         )
     training.dataset_kwargs = {"skip_prepare_dataset": True}
+    training.include_num_input_tokens_seen = "all"  # rows are full, and come without the mask that padding is read off
+    training.train_sampling_strategy = "sequential"  # the rows come shuffled and mixed
     prepare_training(training, backbone)
 
 
 def prepare_training(training: SFTConfig, backbone: BackboneArguments) -> None:
     """Set what every recipe needs in TRL's arguments."""
-    training.include_num_input_tokens_seen = "all"
     training.prediction_loss_only = True
     if backbone.adapter_name_or_path is None:
         training.model_init_kwargs = backbone.model_init_kwargs()
@@ -80,11 +98,22 @@ def check_run(streams: ParScaleArguments, backbone: BackboneArguments, training:
     """Refuse a run that can't work.
 
     Raises:
-        ValueError: a forbidden combination, with what to do instead.
+        ValueError: a forbidden combination, with what to do instead; processes that don't see each other; or a setting
+            out of range.
     """
+    num_launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if training.world_size != num_launched:
+        raise ValueError(
+            f"{num_launched} processes were launched, but each would train alone: on CPUs, pass `--use_cpu true`."
+        )
     properties = run_properties(streams, backbone, training)
     for combination in FORBIDDEN_COMBINATIONS:
         if combination.properties <= properties:
             raise ValueError(f"{' with '.join(sorted(combination.properties))} can't run: {combination.reason}.")
+    if backbone.attn_implementation not in SUPPORTED_IMPLEMENTATIONS:
+        raise ValueError(
+            f"`attn_implementation` must be one of {', '.join(SUPPORTED_IMPLEMENTATIONS)} for streams, got "
+            f"{backbone.attn_implementation!r}."
+        )
     if training.max_length is None or training.max_length < 2:
         raise ValueError(f"`max_length` must be at least 2 tokens per row, got {training.max_length!r}.")

@@ -17,8 +17,10 @@ import torch
 import transformers
 from accelerate import PartialState
 from datasets import Dataset
+from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen2Config,
     Trainer,
@@ -26,24 +28,35 @@ from transformers import (
     set_seed,
 )
 
-from ..data import PackedCollator, build_train_dataset, corpus_fingerprint, load_stdlib_corpus, train_tokenizer
+from ..data import (
+    PackedCollator,
+    build_train_dataset,
+    corpus_fingerprint,
+    load_stdlib_corpus,
+    pack_dataset,
+    train_tokenizer,
+)
+from ..data.packing import IGNORED_LABEL
 from ..data.rows import LoadedSource
 from .saving import replacing_folder
+
+
+NUM_HELDOUT_ROWS = 128
 
 
 @dataclass(frozen=True)
 class EmbeddedBackbone:
     """Size and schedule of the embedded backbone."""
 
-    vocab_size: int = 2048
-    hidden_size: int = 128
-    num_layers: int = 4
-    num_heads: int = 4
-    num_key_value_heads: int = 2
+    vocab_size: int = 1024
+    hidden_size: int = 64
+    num_layers: int = 3
+    num_heads: int = 2
+    num_key_value_heads: int = 1
     max_length: int = 256
     batch_size: int = 16
-    num_steps: int = 1200
-    learning_rate: float = 3e-3
+    num_steps: int = 750
+    learning_rate: float = 5e-3
     seed: int = 0
 
     def content_hash(self) -> str:
@@ -102,11 +115,37 @@ def pretrain(folder: Path, settings: EmbeddedBackbone) -> None:
             data_collator=PackedCollator(tokenizer.pad_token_id),
         )
         trainer.train()
+    heldout = pack_dataset(load_stdlib_corpus()["heldout"], tokenizer, settings.max_length)
+    heldout_loss = token_loss(model, heldout.select(range(NUM_HELDOUT_ROWS)), tokenizer, settings.batch_size)
     with replacing_folder(folder) as staging:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
-        record = {"settings": asdict(settings), "torch": torch.__version__, "transformers": transformers.__version__}
+        record = {
+            "heldout_loss": heldout_loss,
+            "settings": asdict(settings),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
         (staging / "embedded.json").write_text(json.dumps(record, indent=2))
+
+
+@torch.no_grad()
+def token_loss(model: PreTrainedModel, rows: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> float:
+    """Mean loss per trained token over packed rows, in nats."""
+    model.eval()
+    total, count = 0.0, 0
+    for inputs in DataLoader(rows, batch_size=batch_size, collate_fn=PackedCollator(tokenizer.pad_token_id)):
+        labels = inputs["labels"].to(model.device)
+        output = model(
+            input_ids=inputs["input_ids"].to(model.device),
+            position_ids=inputs["position_ids"].to(model.device),
+            labels=labels,
+            use_cache=False,
+        )
+        num_targets = int((labels[:, 1:] != IGNORED_LABEL).sum())
+        total += output.loss.item() * num_targets
+        count += num_targets
+    return total / count
 
 
 def _rows(corpus: Dataset, tokenizer: PreTrainedTokenizerBase, settings: EmbeddedBackbone) -> Dataset:

@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 
@@ -12,8 +14,9 @@ from .arguments import BackboneArguments
 from .checks import prepare_training
 
 
+# ChatML, but with the tokenizer's own end token, at which generation stops.
 CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}{{ eos_token }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -54,6 +57,7 @@ class _Named:
 def prepare_instruction_training(training: SFTConfig, backbone: BackboneArguments) -> None:
     """Set what the SFT recipe needs in TRL's arguments: the loss is on the answer only."""
     training.completion_only_loss = True
+    training.include_num_input_tokens_seen = "non_padding"
     prepare_training(training, backbone)
 
 
@@ -84,13 +88,19 @@ def load_instructions(
 
 def _load(name: str, split: str) -> Dataset:
     files = find_local_files(name)
-    if files is None:
-        dataset = load_dataset(name, split=split)
-    else:
+    builder = name
+    options: dict[str, Any] = {"split": split}
+    if files is not None:
         suffix = Path(files[0]).suffix
         if suffix not in _BUILDERS:
             raise ValueError(f"{files[0]}: instruction data is read from {', '.join(_BUILDERS)} files.")
-        dataset = load_dataset(_BUILDERS[suffix], data_files=files, split="train")
+        if all(Path(file).stat().st_size == 0 for file in files):
+            raise ValueError(f"{name} is empty; instruction tuning needs at least one row.")
+        builder, options = _BUILDERS[suffix], {"split": "train", "data_files": files}
+    try:
+        dataset = load_dataset(builder, **options)
+    except DatasetsError as error:
+        raise ValueError(f"{name} can't be read: {error.__cause__ or error}") from error
     if len(dataset) == 0:
         raise ValueError(f"{name} has no rows in split {split!r}; instruction tuning needs at least one.")
     return dataset
@@ -109,8 +119,13 @@ def _as_conversations(dataset: Dataset, data: InstructionArguments) -> Dataset:
 
     def convert(row: dict) -> dict:
         prompt, completion = row[data.prompt_field], row[data.completion_field]
-        if not isinstance(prompt, str):
+        if isinstance(prompt, list) and isinstance(completion, list):
             return {"prompt": prompt, "completion": completion}
+        if not isinstance(prompt, str) or not isinstance(completion, str):
+            raise ValueError(
+                f"Each row needs text, or lists of messages, in `{data.prompt_field}` and `{data.completion_field}`; "
+                f"found {prompt!r} and {completion!r}."
+            )
         return {
             "prompt": [{"role": "user", "content": prompt}],
             "completion": [{"role": "assistant", "content": completion}],

@@ -1,6 +1,7 @@
 """What a run leaves behind: the verified adapter, `metrics.json`, a loss curve and a model card."""
 
 import json
+import math
 import platform
 from dataclasses import asdict
 from pathlib import Path
@@ -16,14 +17,14 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ..config import ParScaleArguments
 from ..data import TokenReport
-from ..state import backbone_shapes, expected_adapter_shapes
-from .run_folder import write_atomically
-from .saving import record_verified, replacing_folder, verify_save
+from ..state import backbone_shapes, expected_adapter_shapes, full_shape
+from .run_folder import METRICS_FILE, write_atomically
+from .saving import record_verified, replacing_folder, verify_save, whole_state
 from .trainer import StreamTrainer
 
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import pyplot
 
 
 def finish_run(
@@ -43,7 +44,7 @@ def finish_run(
     heldout_loss = trainer.heldout_loss() if trainer.eval_dataset is not None else None
     folder = Path(trainer.args.output_dir)
     model = trainer.accelerator.unwrap_model(trainer.model)
-    state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped) if _is_sharded(trainer) else None
+    state_dict = whole_state(model, trainer.adapter_name, keep=trainer.args.should_save)
     with replacing_folder(folder, trainer.args.should_save) as staging:
         if trainer.args.should_save:
             model.save_pretrained(staging, state_dict=state_dict)
@@ -52,14 +53,10 @@ def finish_run(
         metrics = _metrics(trainer, streams, run, report, heldout_loss)
         if trainer.args.should_save:
             record_verified(staging, num_tensors)
-            write_atomically(staging / "metrics.json", json.dumps(metrics, indent=2))
+            write_atomically(staging / METRICS_FILE, json.dumps(metrics, indent=2))
             plot_loss(metrics["log_history"], staging / "loss_curve.png")
             write_card(metrics, folder.name, staging / "README.md")
     return metrics
-
-
-def _is_sharded(trainer: StreamTrainer) -> bool:
-    return trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
 
 
 def _metrics(
@@ -74,11 +71,12 @@ def _metrics(
     embedding_names = {name for name, parameter in model.named_parameters() if id(parameter) in embeddings}
     backbone = {name: shape for name, shape in backbone_shapes(model).items() if name not in embedding_names}
     adapter = expected_adapter_shapes(model, trainer.adapter_name)
-    num_adapter_params = sum(torch.Size(shape).numel() for shape in adapter.values())
+    num_adapter_params = sum(math.prod(shape) for shape in adapter.values())
     return {
         "num_streams": streams.num_streams,
-        "num_params": sum(torch.Size(shape).numel() for shape in backbone.values()) + num_adapter_params,
+        "num_params": sum(math.prod(shape) for shape in backbone.values()) + num_adapter_params,
         "num_adapter_params": num_adapter_params,
+        "num_trained_params": sum(math.prod(full_shape(p)) for p in model.parameters() if p.requires_grad),
         "heldout_loss": heldout_loss,
         "num_tokens": trainer.state.num_input_tokens_seen,
         "num_steps": trainer.state.global_step,

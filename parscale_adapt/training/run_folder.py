@@ -2,12 +2,14 @@
 
 import json
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 
 RUN_FILE = "run.json"
 SAVE_RECORD = "verified_save.json"
+METRICS_FILE = "metrics.json"
 
 
 class RunFolder:
@@ -22,7 +24,7 @@ class RunFolder:
         self.path = Path(path)
         self.identity = json.loads(json.dumps(identity, default=str))
 
-    def open(self, resume_from_checkpoint: str | None, is_main_process: bool = True) -> str | None:
+    def open(self, resume_from_checkpoint: str | bool | None) -> str | None:
         """Claim the folder, and find the checkpoint to go on from.
 
         Returns:
@@ -34,46 +36,55 @@ class RunFolder:
         """
         run_file = self.path / RUN_FILE
         if run_file.is_file():
-            self._check_same_run(json.loads(run_file.read_text()))
-        elif self.path.is_dir() and any(self.path.iterdir()):
+            if self._holds_training():
+                self._check_same_run(json.loads(run_file.read_text()))
+        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise ValueError(f"{self.path} is not empty and holds no run of a recipe; choose another `output_dir`.")
         checkpoint = self._checkpoint(resume_from_checkpoint)
-        if is_main_process:
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_atomically(run_file, json.dumps(self.identity, indent=2, sort_keys=True))
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(run_file, json.dumps(self.identity, indent=2, sort_keys=True))
         return checkpoint
 
-    def _check_same_run(self, stored: dict[str, Any]) -> None:
-        changed = sorted(
-            key for key in stored.keys() | self.identity.keys() if stored.get(key) != self.identity.get(key)
-        )
-        if changed:
-            key = changed[0]
-            raise ValueError(
-                f"{self.path} holds a different run: `{key}` is {stored.get(key)!r} there and "
-                f"{self.identity.get(key)!r} here. Choose another `output_dir`, or the same settings to resume."
-            )
+    def _holds_training(self) -> bool:
+        return (self.path / METRICS_FILE).is_file() or any(self.path.glob("checkpoint-*"))
 
-    def _checkpoint(self, resume_from_checkpoint: str | None) -> str | None:
+    def _check_same_run(self, stored: dict[str, Any]) -> None:
+        there, here = dict(_flat(stored)), dict(_flat(self.identity))
+        for key in sorted(there.keys() | here.keys()):
+            if there.get(key) != here.get(key):
+                raise ValueError(
+                    f"{self.path} holds a different run: `{key}` is {there.get(key)!r} there and {here.get(key)!r} "
+                    "here. Choose another `output_dir`, or the same settings to resume."
+                )
+
+    def _checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
         checkpoints = sorted(self.path.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[-1]))
         complete = [folder for folder in checkpoints if (folder / SAVE_RECORD).is_file()]
-        if resume_from_checkpoint in (None, "", "false", "False"):
-            finished = self.path / "metrics.json"
-            if complete or finished.is_file():
+        wanted = str(resume_from_checkpoint or "false")
+        if wanted.lower() == "false":
+            found = complete[-1].name if complete else METRICS_FILE
+            if (self.path / found).exists():
                 raise ValueError(
-                    f"{self.path} already holds this run ({finished.name if not complete else complete[-1].name}); "
-                    "pass `--resume_from_checkpoint true` to go on, or choose another `output_dir`."
+                    f"{self.path} already holds this run ({found}); pass `--resume_from_checkpoint true` to go on, or "
+                    "choose another `output_dir`."
                 )
             return None
-        if resume_from_checkpoint in ("true", "True"):
+        if wanted.lower() == "true":
             if not complete:
                 raise ValueError(f"{self.path} holds no complete checkpoint to resume from; start without resuming.")
             return str(complete[-1])
-        if not (Path(resume_from_checkpoint) / SAVE_RECORD).is_file():
-            raise ValueError(
-                f"{resume_from_checkpoint} is no complete checkpoint: it has no {SAVE_RECORD}, which is written last."
-            )
-        return resume_from_checkpoint
+        if not (Path(wanted) / SAVE_RECORD).is_file():
+            raise ValueError(f"{wanted} is no complete checkpoint: it has no {SAVE_RECORD}, which is written last.")
+        return wanted
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """`{"streams": {"num_streams": 2}}` as `("streams.num_streams", 2)`."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def write_atomically(path: Path, text: str) -> None:

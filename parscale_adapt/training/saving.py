@@ -12,41 +12,68 @@ from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from ..attention import STREAMS_ATTRIBUTE
 from ..prefix import ReparameterizedPrefix
-from ..probe import is_partitioned
-from ..state import backbone_shapes, checkpoint_key, expected_adapter_shapes
+from ..probe import gathered
+from ..state import backbone_shapes, checkpoint_key, expected_adapter_shapes, fold_prefix
 from .run_folder import SAVE_RECORD, write_atomically
 
 
-@contextmanager
-def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Hold the full values of parameters that DeepSpeed ZeRO-3 partitions; every rank must enter."""
-    if not any(is_partitioned(parameter) for parameter in parameters):
-        yield
-        return
-    import deepspeed
+@torch.no_grad()
+def whole_state(model: PeftModel, adapter_name: str, keep: bool = True) -> dict[str, torch.Tensor]:
+    """Name in the model and full value, on the CPU, of every parameter that a save of one adapter needs.
 
-    with deepspeed.zero.GatheredParameters(parameters):
-        yield
+    However an engine shards the parameters, one at a time is gathered. Every rank must call it; those that don't
+    `keep` get nothing.
+    """
+    _reshard(model)
+    backbone = backbone_shapes(model) if model.peft_config[adapter_name].train_backbone else {}
+    state = {}
+    for name, parameter in model.named_parameters():
+        if name in backbone or _belongs_to(name, adapter_name):
+            with gathered([parameter]):
+                value = _full_value(parameter)
+                if keep:
+                    state[name] = value.to("cpu", copy=True)
+    return state
 
 
+def _belongs_to(name: str, adapter_name: str) -> bool:
+    containers = (f".{STREAMS_ATTRIBUTE}.", ".modules_to_save.")
+    return f".{adapter_name}." in name and any(container in name for container in containers)
+
+
+def _reshard(model: nn.Module) -> None:
+    """FSDP2 leaves some parameters gathered after a forward, in the type that it computes in."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _full_value(parameter: nn.Parameter) -> torch.Tensor:
+    value = parameter.detach()
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+@torch.no_grad()
 def live_tensors(model: PeftModel, adapter_name: str) -> Iterator[tuple[str, torch.Tensor]]:
     """Name in the file and full value of every tensor that a save of one adapter must hold; every rank must iterate."""
+    _reshard(model)
     modules = dict(model.named_modules())
     wanted = dict(expected_adapter_shapes(model, adapter_name))
     if model.peft_config[adapter_name].train_backbone:
         wanted |= backbone_shapes(model)
     for name in wanted:
         owner = modules[name.rpartition(".")[0]]
-        parameters = list(owner.parameters(recurse=isinstance(owner, ReparameterizedPrefix)))
-        with gathered(parameters), torch.no_grad():
-            if isinstance(owner, ReparameterizedPrefix):
-                value = owner.folded()
-            else:
-                value = getattr(owner, name.rpartition(".")[2]).detach()
-            yield checkpoint_key(name, adapter_name), value.full_tensor() if isinstance(value, DTensor) else value
+        is_folded = isinstance(owner, ReparameterizedPrefix)
+        parameters = dict(owner.named_parameters(recurse=is_folded))
+        with gathered(list(parameters.values())):
+            values = {key: _full_value(parameter) for key, parameter in parameters.items()}
+            value = fold_prefix(owner, values) if is_folded else values[name.rpartition(".")[2]]
+            yield checkpoint_key(name, adapter_name), value
 
 
 def verify_save(model: PeftModel, folder: str | Path, adapter_name: str, is_main_process: bool = True) -> int:
@@ -63,16 +90,17 @@ def verify_save(model: PeftModel, folder: str | Path, adapter_name: str, is_main
         raise ValueError(f"The save to {folder} is incomplete: {path.name} was not written.")
     problems, seen = [], set()
     reader = safe_open(path, "pt") if is_main_process else None
+    saved_names = set() if reader is None else set(reader.keys())
     for name, value in live_tensors(model, adapter_name):
         if reader is None:
             continue
         seen.add(name)
-        if name not in reader.keys():  # noqa: SIM118
+        if name not in saved_names:
             problems.append(f"{name} is missing")
         elif not _same_values(reader.get_tensor(name), value):
             problems.append(f"{name} differs from the live tensor")
-    if reader is not None:
-        problems += [f"{name} is unexpected" for name in set(reader.keys()) - seen if _is_own(name)]
+    if not model.peft_config[adapter_name].modules_to_save:
+        problems += [f"{name} is unexpected" for name in sorted(saved_names - seen)]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError(f"The save to {path} does not hold what was trained: {'; '.join(problems[:3])}{more}.")
@@ -83,13 +111,14 @@ def _same_values(saved: torch.Tensor, live: torch.Tensor) -> bool:
     return saved.shape == live.shape and torch.equal(saved, live.to(device="cpu", dtype=saved.dtype))
 
 
-def _is_own(name: str) -> bool:
-    return "parscale_" in name
-
-
 def record_verified(folder: str | Path, num_tensors: int) -> None:
     """Mark a folder as completely saved; written last."""
     write_atomically(Path(folder) / SAVE_RECORD, json.dumps({"num_tensors": num_tensors}))
+
+
+def forget_verified(folder: str | Path) -> None:
+    """Take the mark back before the folder is written again."""
+    (Path(folder) / SAVE_RECORD).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -107,7 +136,8 @@ def replacing_folder(target: Path, is_main_process: bool = True) -> Iterator[Pat
     try:
         yield staging
         target.mkdir(parents=True, exist_ok=True)
-        for path in staging.iterdir():
+        forget_verified(target)
+        for path in sorted(staging.iterdir(), key=lambda path: path.name == SAVE_RECORD):
             if path.is_dir():
                 shutil.rmtree(target / path.name, ignore_errors=True)
             os.replace(path, target / path.name)

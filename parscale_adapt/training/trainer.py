@@ -1,16 +1,27 @@
-"""TRL's SFTTrainer with what parallel streams add: their statistics in the log, verified checkpoints, checked resumes."""
+"""TRL's SFTTrainer with what parallel streams add: their statistics in the log, whole and verified checkpoints, checked
+resumes."""
 
 import json
+import os
 from pathlib import Path
 
 import torch
-from peft import PeftConfig
-from transformers import TrainerCallback, TrainerControl, TrainerState
-from transformers.trainer_utils import TrainOutput
-from trl import SFTConfig, SFTTrainer
+from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+from trl import SFTTrainer
 
 from ..aggregator import Aggregator
-from .saving import record_verified, verify_save
+from ..fingerprint import describe_difference
+from ..prefix import ReparameterizedPrefix
+from .saving import forget_verified, record_verified, verify_save, whole_state
+from .stream_statistics import stream_statistics
+
+
+UNFOLDED_FILE = "unfolded_state.safetensors"
+_STREAM_SETTINGS = ("num_streams", "num_prefix_tokens", "aggregator_smoothing", "init_weights", "train_backbone")
 
 
 class StreamTrainer(SFTTrainer):
@@ -18,7 +29,9 @@ class StreamTrainer(SFTTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.add_callback(_VerifySaves(self))
+        self._check_engine()
+        if getattr(self.model, "is_quantized", False) or getattr(self.model, "is_loaded_in_4bit", False):
+            train_in_float32(self.model)
         self._aggregators = [module for module in self.model.modules() if isinstance(module, Aggregator)]
         for aggregator in self._aggregators:
             aggregator.record_weights = True
@@ -45,30 +58,82 @@ class StreamTrainer(SFTTrainer):
             check_resumable(self.model.peft_config[self.adapter_name], resume_from_checkpoint)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the adapter whole, however the engine shards it; every rank must call it."""
+        model = self.accelerator.unwrap_model(self.model)
+        self._save(output_dir, state_dict=whole_state(model, self.adapter_name, keep=self.args.should_save))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_checkpoint(self, model: nn.Module, trial: None) -> None:
+        """Save as transformers does, but older checkpoints go only once this one was read back and compared."""
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            forget_verified(folder)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        num_tensors = verify_save(unwrapped, folder, self.adapter_name, self.args.should_save)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            record_verified(folder, num_tensors)
+            rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        model = self.accelerator.unwrap_model(self.model)
+        if _has_unfolded_prefixes(model):
+            state = whole_state(model, self.adapter_name, keep=self.args.should_save)
+            if self.args.should_save:
+                save_file(state, Path(output_dir) / UNFOLDED_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PeftModel | None = None) -> None:
+        """Load as transformers does; but reparameterised prefixes, which the adapter file has folded, unfolded."""
+        if self.is_fsdp_enabled or not _has_unfolded_prefixes(self.model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        state = load_file(Path(resume_from_checkpoint) / UNFOLDED_FILE)
+        self.model.load_state_dict(state, strict=False)  # all that is trained; the frozen backbone is not in it
+
+    def _check_engine(self) -> None:
+        """Refuse an engine that was asked for and is not used, or that can't shard what is trained.
+
+        Raises:
+            ValueError: FSDP has no effect, or parameters of several types are trained under a sharding engine.
+        """
+        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and not self.is_fsdp_enabled:
+            raise ValueError(
+                "FSDP has no effect on CPUs, where accelerate runs plain DDP: use accelerate_configs/ddp.yaml."
+            )
+        dtypes = sorted({str(parameter.dtype) for parameter in self.model.parameters() if parameter.requires_grad})
+        if self.is_fsdp_enabled and self.accelerator.mixed_precision == "no" and len(dtypes) > 1:
+            raise ValueError(
+                f"FSDP2 can't shard trained parameters of several types ({', '.join(dtypes)}) together: use `--bf16 true`, "
+                "which keeps all of them in float32 and computes in bfloat16, or `--dtype float32`."
+            )
+
     @torch.no_grad()
     def heldout_loss(self) -> float:
-        """Mean loss per token over the evaluation rows, in nats; every rank must call it."""
+        """Mean loss per token over the evaluation rows, in nats; every rank must call it, and sees all rows."""
         model = self.model_wrapped
         was_training = model.training
         model.eval()
-        total, count = 0.0, 0
-        for inputs in self.get_eval_dataloader():
-            inputs = {**self._prepare_inputs(inputs), "use_cache": False}
-            output = model(**inputs, fused_lm_head=True)
-            losses = self.accelerator.gather_for_metrics(-output.log_probs.double().sum(dim=1))
-            counts = self.accelerator.gather_for_metrics(output.label_mask.sum(dim=1))
-            total += losses.sum().item()
-            count += counts.sum().item()
+        rows = self._remove_unused_columns(self.eval_dataset, "evaluation")
+        total, num_targets = 0.0, 0
+        for batch in DataLoader(rows, batch_size=self.args.eval_batch_size, collate_fn=self.data_collator):
+            inputs = self._prepare_inputs(batch)
+            count = int((inputs["labels"][:, 1:] != -100).sum())
+            loss = self.compute_loss(model, inputs, num_items_in_batch=torch.tensor(count))
+            # Trainer scales what it averages over the ranks.
+            scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            total += loss.item() / scale * count
+            num_targets += count
+        self._metrics["eval"].clear()
         model.train(was_training)
-        return total / count
-
-
-def stream_statistics(weights: torch.Tensor) -> dict[str, float]:
-    """Mean weight of each stream and mean entropy (in nats) of `[B, T, P]` aggregator weights."""
-    by_token = weights.flatten(0, -2)
-    entropy = -(by_token * by_token.clamp(min=1e-9).log()).sum(-1).mean()
-    means = by_token.mean(0).tolist()
-    return {"stream_entropy": entropy.item()} | {f"stream_weight/{p}": mean for p, mean in enumerate(means)}
+        return total / num_targets
 
 
 def check_resumable(config: PeftConfig, checkpoint: str) -> None:
@@ -78,24 +143,24 @@ def check_resumable(config: PeftConfig, checkpoint: str) -> None:
         ValueError: the number of streams, the prefix length, what is trained or the backbone differ.
     """
     stored = json.loads((Path(checkpoint) / "adapter_config.json").read_text())
-    for name in ("num_streams", "num_prefix_tokens", "aggregator_smoothing", "train_backbone", "backbone_fingerprint"):
+    for name in _STREAM_SETTINGS:
         here = getattr(config, name)
         if stored[name] != here:
             raise ValueError(
                 f"{checkpoint} can't be resumed: its `{name}` is {stored[name]!r}, this run's is {here!r}. Resume with "
                 "the settings that it was saved with."
             )
+    difference = describe_difference(stored["backbone_fingerprint"], config.backbone_fingerprint)
+    if difference is not None:
+        raise ValueError(f"{checkpoint} can't be resumed, since it was trained on another backbone: {difference}.")
 
 
-class _VerifySaves(TrainerCallback):
-    """Read every checkpoint back and compare it with the live model."""
+def train_in_float32(model: nn.Module) -> None:
+    """Undo TRL's cast of trained parameters to bfloat16 over a quantized backbone, in which small steps get lost."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
-    def __init__(self, trainer: StreamTrainer):
-        self.trainer = trainer
 
-    def on_save(self, args: SFTConfig, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        num_tensors = verify_save(model, folder, self.trainer.adapter_name, args.should_save)
-        if args.should_save:
-            record_verified(folder, num_tensors)
+def _has_unfolded_prefixes(model: nn.Module) -> bool:
+    return any(isinstance(module, ReparameterizedPrefix) for module in model.modules())

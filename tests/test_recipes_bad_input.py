@@ -1,0 +1,192 @@
+"""Wrong input to a recipe: one sentence, exit code 1, nothing trained, and most of it before any weight loads."""
+
+import json
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+
+def refusal(result, loads_weights=False):
+    """The one sentence with which a run was refused."""
+    assert result.exit_code == 1, result.stderr()[-2000:]
+    assert len(result.errors()) == 1
+    assert "Traceback" not in result.stderr()
+    assert result.stderr().splitlines()[-1] == result.errors()[0]
+    assert result.batches() == []
+    assert ("Loading weights" in result.stderr()) == loads_weights
+    return result.errors()[0]
+
+
+@pytest.fixture(scope="module")
+def finished(recipes, material):
+    """A finished full run with checkpoints."""
+    options = material.cpt_options(train_backbone=True, save_strategy="steps", save_steps=2, max_steps=2)
+    return options, recipes.run("cpt", **options).check()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"num_streams": 0}, "`num_streams` must be an integer of at least 1, got 0"),
+        ({"num_streams": "two"}, "invalid int value: 'two'"),
+        ({"num_prefix_tokens": 0}, "`num_prefix_tokens` must be an integer of at least 1, got 0"),
+        ({"aggregator_smoothing": 1.0}, "`aggregator_smoothing` must lie in [0, 1), got 1.0"),
+        ({"init_weights": "zeros"}, "`init_weights` must be one of normal, reparameterized, tokens, got 'zeros'"),
+        ({"num_stream": 2}, "--num_stream"),
+        ({"num_streams": 1}, "one stream on a frozen backbone has nothing to learn"),
+        ({"load_in_4bit": True, "train_backbone": True}, "4-bit weights can't be trained"),
+        ({"max_length": 1}, "`max_length` must be at least 2"),
+        ({"packing": True}, "rows are packed already"),
+        ({"attn_implementation": "flash_attention_2"}, "`attn_implementation` must be one of eager, sdpa"),
+        ({"model_name_or_path": "./nothing/here"}, "where no folder is"),
+        ({"text_field": "code"}, "has no field 'code'; its fields are text"),
+        ({"dataset_name": "./missing.jsonl"}, "missing.jsonl"),
+        ({"dataset_split": "validation"}, "'validation'"),
+        ({"streaming": True, "max_steps": -1}, "give `--max_steps`"),
+        ({"adapter_name_or_path": "./nothing/here"}, "adapter_config.json"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_cpt_refuses(recipes, material, options, sentence):
+    assert sentence in refusal(recipes.run("cpt", **material.cpt_options(**options)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"num_stream": 2}, "num_stream"),
+        ({"num_streams": 2.5}, "`num_streams` must be an integer of at least 1, got 2.5"),
+        ({"max_length": None}, "`max_length` must be at least 2 tokens per row, got None"),
+    ],
+)
+def test_a_wrong_yaml_key_or_value_is_refused(recipes, material, tmp_path, settings, sentence):
+    config = tmp_path / "run.yaml"
+    config.write_text(json.dumps(settings))
+    options = material.cpt_options(config=config) | dict.fromkeys(settings)
+    options.pop("num_stream", None)
+    assert sentence in refusal(recipes.run("cpt", **options))
+
+
+@pytest.mark.parametrize("recipe", ["cpt", "sft"])
+@pytest.mark.parametrize("content", ["", "{}\n", '{"other": "text"}\n', '{"text": 1, "prompt": 2, "completion": 3}\n'])
+def test_data_without_text_is_refused(recipes, material, tmp_path, recipe, content):
+    data = tmp_path / "data.jsonl"
+    data.write_text(content)
+    options = material.cpt_options() if recipe == "cpt" else material.sft_options()
+    refusal(recipes.run(recipe, **{**options, "dataset_name": data}))
+
+
+def test_a_conversation_without_an_answer_is_refused(recipes, material, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"messages": [{"role": "user", "content": "Hello"}]}) + "\n")
+    sentence = refusal(recipes.run("sft", **material.sft_options(dataset_name=data)))
+    assert "must end with an answer of the assistant" in sentence
+
+
+def test_a_folder_of_something_else_is_refused(recipes, material, tmp_path):
+    (tmp_path / "thesis.txt").write_text("irreplaceable")
+    sentence = refusal(recipes.run("cpt", tmp_path, **material.cpt_options()))
+    assert "is not empty and holds no run of a recipe" in sentence
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_the_same_run_again_needs_resume(recipes, finished):
+    options, result = finished
+    assert "already holds this run (checkpoint-2)" in refusal(recipes.run("cpt", result.output_dir, **options))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"num_streams": 4}, "`streams.num_streams` is 2 there and 4 here"),
+        ({"num_prefix_tokens": 5}, "`streams.num_prefix_tokens` is 4 there and 5 here"),
+        ({"train_backbone": False}, "`streams.train_backbone` is True there and False here"),
+        ({"model_name_or_path": "gpt2"}, "`backbone`"),
+        ({"learning_rate": 1e-4}, "`learning_rate` is 0.001 there and 0.0001 here"),
+    ],
+)
+@pytest.mark.parametrize("resume", [True, None])
+def test_another_run_in_the_folder_is_refused(recipes, finished, changes, sentence, resume):
+    options, result = finished
+    before = {path: path.stat().st_mtime_ns for path in result.output_dir.rglob("*")}
+    options = {**options, **changes, "resume_from_checkpoint": resume}
+    assert sentence in refusal(recipes.run("cpt", result.output_dir, **options))
+    assert before == {path: path.stat().st_mtime_ns for path in result.output_dir.rglob("*")}
+
+
+def test_resuming_on_other_weights_in_the_same_place_is_refused(recipes, material, tmp_path):
+    backbone = tmp_path / "backbone"
+    AutoModelForCausalLM.from_pretrained(material.backbone).save_pretrained(backbone)
+    material.tokenizer().save_pretrained(backbone)
+    options = material.cpt_options(model_name_or_path=backbone, save_strategy="steps", save_steps=2, max_steps=2)
+    folder = tmp_path / "run"
+    recipes.run("cpt", folder, **options).check()
+    model = AutoModelForCausalLM.from_pretrained(backbone)
+    model.model.norm.weight.data += 0.5
+    model.save_pretrained(backbone)
+    result = recipes.run("cpt", folder, resume_from_checkpoint=True, **options)
+    assert "was trained on another backbone" in refusal(result, loads_weights=True)
+
+
+def test_a_start_that_trained_nothing_does_not_hold_the_folder(recipes, material, tmp_path):
+    folder = tmp_path / "run"
+    refusal(recipes.run("cpt", folder, **material.cpt_options(text_field="code")))
+    recipes.run("cpt", folder, **material.cpt_options(max_steps=1)).check()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"num_streams": 8}, "`num_streams` is 8 but the adapter"),
+        ({"load_in_4bit": True}, "carries a trained backbone, which 4-bit weights can't hold"),
+    ],
+)
+def test_settings_that_an_adapter_does_not_have_are_refused(recipes, material, finished, changes, sentence):
+    options = material.sft_options(adapter_name_or_path=finished[1].output_dir, **changes)
+    assert sentence in refusal(recipes.run("sft", **options))
+
+
+def test_an_adapter_of_another_method_is_refused(recipes, material, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(material.backbone)
+    get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])).save_pretrained(tmp_path)
+    result = recipes.run("sft", **material.sft_options(adapter_name_or_path=tmp_path))
+    assert "holds a LORA adapter, not a ParScale one" in refusal(result)
+
+
+@pytest.mark.parametrize(
+    ("environment", "options", "sentence"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, {}, "only FSDP2 is supported"),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"},
+            {},
+            "on every rank",
+        ),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"},
+            {},
+            "use --gradient_checkpointing true",
+        ),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"},
+            {"load_in_4bit": True},
+            "4-bit weights under FSDP2",
+        ),
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+            {"load_in_4bit": True},
+            "ZeRO-3 doesn't shard 4-bit weights",
+        ),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, {"use_cpu": None}, "2 processes were launched"),
+    ],
+    ids=["fsdp1", "fsdp_lazy_loading", "fsdp_checkpointing", "fsdp_4bit", "zero3_4bit", "lone_processes"],
+)
+def test_engines_that_can_not_work_are_refused(recipes, material, environment, options, sentence):
+    assert sentence in refusal(recipes.run("cpt", environment=environment, **material.cpt_options(**options)))
+
+
+def test_fsdp_on_cpus_is_refused_where_it_has_no_effect(recipes, material):
+    environment = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
+    result = recipes.run("cpt", environment=environment, **material.cpt_options())
+    assert "FSDP has no effect on CPUs" in refusal(result, loads_weights=True)

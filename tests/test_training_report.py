@@ -1,0 +1,38 @@
+"""What a run writes about itself."""
+
+import pytest
+import yaml
+
+from parscale_adapt.training.report import environment, plot_loss, write_card
+
+
+METRICS = {
+    "streams": {"num_streams": 2, "num_prefix_tokens": 4, "train_backbone": False},
+    "run": {"backbone": "Qwen/Qwen2.5-3B", "data": ["a.jsonl", "b.jsonl"], "seed": 0},
+    "num_adapter_params": 12345,
+    "num_tokens": 67890,
+    "environment": {"torch": "2.13"},
+}
+
+
+@pytest.mark.parametrize(("loss", "shown"), [(1.23456, "1.2346 nats per token"), (None, "not measured")])
+def test_the_card_states_the_run(tmp_path, loss, shown):
+    path = tmp_path / "README.md"
+    write_card({**METRICS, "heldout_loss": loss}, "my-run", path)
+    _, header, body = path.read_text().split("---\n", 2)
+    assert yaml.safe_load(header)["base_model"] == "Qwen/Qwen2.5-3B"
+    assert yaml.safe_load(header)["library_name"] == "peft"
+    for text in ("# my-run", "frozen", "12,345", "67,890", "a.jsonl, b.jsonl", "torch 2.13", shown):
+        assert text in body
+
+
+@pytest.mark.parametrize("num_streams", [0, 2])
+def test_the_curve_is_drawn_with_and_without_streams(tmp_path, num_streams):
+    weights = {f"stream_weight/{stream}": 1 / num_streams for stream in range(num_streams)}
+    log = [{"loss": 3.0 - step, "num_tokens": 100 * step, **weights} for step in range(3)] + [{"train_runtime": 1}]
+    plot_loss(log, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_environment_names_what_gives_a_number():
+    assert environment().keys() >= {"device", "python", "torch", "transformers", "peft", "trl", "accelerate"}
