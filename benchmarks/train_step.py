@@ -65,14 +65,24 @@ def random_ids(args: argparse.Namespace, num_rows: int) -> torch.Tensor:
     return torch.randint(args.vocab_size, (num_rows, args.seq_len), device=args.device)
 
 
-def seconds(step, device: str) -> float:
+def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+def seconds(step, device: str) -> float:
+    synchronize(device)
     start = time.perf_counter()
     step()
-    if device == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device)
     return time.perf_counter() - start
+
+
+def describe_machine(args: argparse.Namespace) -> str:
+    return (
+        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, {args.dtype} on {args.device}"
+    )
 
 
 def main() -> None:
@@ -94,8 +104,7 @@ def main() -> None:
         "plain on P*B rows (s)",
         "ParScale on B rows (s)",
         "ratio",
-        title=f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, {args.dtype} on {args.device}",
+        title=describe_machine(args),
     )
     for train_backbone in (False, True):
         for num_streams in args.streams:

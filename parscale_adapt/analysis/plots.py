@@ -76,7 +76,7 @@ def plot_cost_by_batch(
             _draw_measured(axes, measured, quantity, streams)
             _set_log_ticks(axes.xaxis, batch_sizes, [str(batch) for batch in batch_sizes])
             axes.set(xlabel="batch size (rows)", ylabel=_AXIS_LABELS[unit], ylim=(0, None))
-            _label_line_ends(axes, batch_sizes[-1], ends)
+            label_line_ends(axes, batch_sizes[-1], ends)
         figure.suptitle(f"{model.shape.name} on {model.device.name}, {_describe_lengths(lengths)}", fontsize=12)
     return figure
 
@@ -137,7 +137,7 @@ def _draw_fit_curves(axes: Axes, fit: Fit) -> None:
         ends.append((float(curve[-1]), f"P = {count:g}", style["color"]))
     _set_log_ticks(axes.xaxis, *_size_ticks(sizes))
     axes.set(xlabel="non-embedding parameters", ylabel="loss (nats per token)", title="loss and fitted curves")
-    _label_line_ends(axes, grid[-1], ends)
+    label_line_ends(axes, grid[-1], ends)
 
 
 def _draw_contours(axes: Axes, fit: Fit) -> None:
@@ -223,7 +223,7 @@ def _line_style(index: int, is_larger: bool) -> dict[str, Any]:
     return {"color": COLOURS[index % len(COLOURS)], "linestyle": "-", "marker": MARKERS[index % len(MARKERS)]}
 
 
-def _label_line_ends(axes: Axes, x: float, ends: Sequence[tuple[float, str, str]]) -> None:
+def label_line_ends(axes: Axes, x: float, ends: Sequence[tuple[float, str, str]]) -> None:
     """Names at the right end of lines, moved apart where they would overlap."""
     low, high = axes.get_ylim()
     ends = sorted(ends)
