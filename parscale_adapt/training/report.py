@@ -109,6 +109,7 @@ def plot_loss(log_history: list[dict[str, Any]], path: Path) -> None:
     )
     axes[0, 0].plot(tokens, [entry["loss"] for entry in points], color="#0072B2")
     axes[0, 0].set_ylabel("training loss (nats per token)")
+    axes[-1, 0].set_prop_cycle(color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"])
     for key in weights:
         number = key.rpartition("/")[2]
         axes[1, 0].plot(tokens, [entry.get(key) for entry in points], label=f"stream {number}")
