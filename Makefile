@@ -1,11 +1,12 @@
 # make demo and make test need Python 3.11 or newer and nothing else; they make .venv and install into it.
 PYTHON ?= python3
 BIN := .venv/bin
+BASE := .venv/installed-base
 INSTALLED := .venv/installed
 
 .PHONY: demo test test-lowest lint bench clean
 
-demo: $(INSTALLED)
+demo: $(BASE)
 	$(BIN)/python scripts/demo.py
 
 test: $(INSTALLED)
@@ -28,10 +29,14 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/decode.py
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(BASE): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(INSTALLED): $(BASE)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[deepspeed,quantization,dev]'
 	touch $@
 
