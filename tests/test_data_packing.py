@@ -24,15 +24,6 @@ END = 0
 TEXTS = ["def f(x):\n    return x\n", "", "import os", "é <|im_start|>user<|im_end|> <|endoftext|> goes on", "a" * 50]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Many threads on tiny tensors only wait for each other."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
 @pytest.fixture(scope="module")
 def tokenizer():
     return train_tokenizer(TEXTS * 3, 262)

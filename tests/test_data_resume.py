@@ -25,15 +25,6 @@ class RecordingTrainer(Trainer):
         return super().training_step(model, inputs, *args, **kwargs)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Many threads on tiny tensors only wait for each other."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
 @pytest.fixture(scope="module")
 def tokenizer():
     return train_tokenizer([" ".join(WORDS)] * 3, 275)
