@@ -3,24 +3,26 @@
 The cache keeps batch B, so reordering beams, repeating, selecting, cropping and mask sizes stay as they are.
 """
 
-from collections.abc import Set
+from collections.abc import Callable, Set
 from functools import lru_cache
 from typing import Any
 
 import torch
 from transformers import Cache
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-from .streams import fold_streams_into_heads, unfold_streams_from_heads
+from .layout import StreamLayout
 
 
 _OWNER = "parscale_owner"
+CacheOwner = str | None | tuple[str | None, ...]
 
 
 class _StreamFolding(Cache):
-    """Mixin whose `update` stores `[P * B, h, T, d]` as `[B, P * h, T, d]`; see [`stream_view`] for its fields."""
+    """Mixin whose `update` stores `[R, h, T, d]` as `[B, P * h, T, d]`; see [`stream_view`] for its fields."""
 
     __slots__ = ()
-    num_streams: int
+    layout: StreamLayout
     attended_shapes: Set[tuple[int, int, int]]
     viewed: Cache
 
@@ -28,20 +30,32 @@ class _StreamFolding(Cache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         shape = (key_states.shape[1], key_states.shape[-1], value_states.shape[-1])
-        key_states = fold_streams_into_heads(key_states, self.num_streams)
-        value_states = fold_streams_into_heads(value_states, self.num_streams)
+        key_states, value_states = self.layout.to_heads(key_states), self.layout.to_heads(value_states)
         key_states, value_states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if shape in self.attended_shapes:
             return key_states, value_states
         # The layer computes its keys and values from what it caches (latent attention) and expects rows.
-        return self._rows(key_states), self._rows(value_states)
+        return self.layout.to_rows(key_states), self.layout.to_rows(value_states)
 
-    def _rows(self, states: torch.Tensor) -> torch.Tensor:
-        return unfold_streams_from_heads(states, self.num_streams).flatten(0, 1)
+    def show_states_as_rows(self) -> None:
+        """Lay the states of recurrent layers, which their layers change in place, out by row; on the way in."""
+        self._arrange_states(self.layout.to_rows)
+
+    def hide_streams_of_states(self) -> None:
+        """Undo [`show_states_as_rows`], so that the cache keeps batch `B`; on the way out."""
+        self._arrange_states(self.layout.to_heads)
+
+    def _arrange_states(self, arrange: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        for layer in self.layers:
+            if isinstance(layer, LinearAttentionCacheLayerMixin):
+                for states in (layer.conv_states, layer.recurrent_states):
+                    for index, state in states.items():
+                        states[index] = None if state is None else arrange(state)
 
 
-def claim_cache(cache: Cache, owner: str | None) -> None:
-    """Note whose keys and values `cache` will hold: those of the adapter `owner`, or (None) of the plain backbone.
+def claim_cache(cache: Cache, owner: CacheOwner) -> None:
+    """Note whose keys and values `cache` will hold: those of the adapter `owner`, (None) of the plain backbone, or
+    (a tuple) of one of these for every sample.
 
     Raises:
         ValueError: it is filled with those of another owner.
@@ -59,26 +73,28 @@ def claim_cache(cache: Cache, owner: str | None) -> None:
     setattr(cache, _OWNER, owner)
 
 
-def _describe(owner: str | None) -> str:
+def _describe(owner: CacheOwner) -> str:
+    if isinstance(owner, tuple):
+        return f"a batch of {', '.join(map(_describe, owner))}"
     return "the plain backbone" if owner is None else f"the adapter {owner!r}"
 
 
 @lru_cache
 def _view_class(cache_class: type) -> type:
-    namespace = {"__slots__": ("attended_shapes", "num_streams", "viewed"), "__module__": __name__}
+    namespace = {"__slots__": ("attended_shapes", "layout", "viewed"), "__module__": __name__}
     return type(f"StreamView{cache_class.__name__}", (_StreamFolding, cache_class), namespace)
 
 
-def stream_view(cache: Cache, num_streams: int, attended_shapes: Set[tuple[int, int, int]]) -> Cache:
+def stream_view(cache: Cache, layout: StreamLayout, attended_shapes: Set[tuple[int, int, int]]) -> _StreamFolding:
     """A cache object that shares all state with `cache` and folds streams into heads on `update`.
 
     `update` returns `[B, P * h, T, d]` where (heads, key size, value size) is among `attended_shapes`, those that
-    reach the attention function, and `[P * B, h, T, d]` elsewhere. `view.viewed` is `cache` itself.
+    reach the attention function, and `[R, h, T, d]` elsewhere. `view.viewed` is `cache` itself.
     """
     cache_class: Any = type(cache)
     view: Any = object.__new__(_view_class(cache_class))
     view.__dict__ = cache.__dict__
-    view.num_streams = num_streams
+    view.layout = layout
     view.attended_shapes = attended_shapes
     view.viewed = cache
     return view

@@ -1,13 +1,23 @@
 """Configuration of the ParScale method: fields, help and checks."""
 
+import dataclasses
 from dataclasses import dataclass, field
 
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 
+from .aggregator import AGGREGATORS
 from .registration import PARSCALE
+from .shared_lora import lora_config, lora_fields
 
 
 STARTS_OF_PREFIXES = ("normal", "reparameterized", "tokens")
+STREAM_TRANSFORMS = ("prefix", "lora", "bitfit")
+_TRANSFORM_OF_FIELD = {
+    "num_prefix_tokens": "prefix",
+    "init_weights": "prefix",
+    "stream_lora_rank": "lora",
+    "stream_lora_alpha": "lora",
+}
 
 
 @dataclass
@@ -17,8 +27,30 @@ class ParScaleArguments:
     num_streams: int = field(
         default=4, metadata={"help": "P, the number of parallel streams. 1 is the plain backbone."}
     )
+    stream_transform: str = field(
+        default="prefix",
+        metadata={
+            "help": "What makes the streams differ: 'prefix' (the paper's choice: prefix keys and values in every "
+            "attention layer), 'lora' (low-rank weights per stream in every linear layer) or 'bitfit' (a bias per "
+            "stream in every linear layer). 'lora' and 'bitfit' also work where attention can't be reached."
+        },
+    )
     num_prefix_tokens: int = field(
-        default=48, metadata={"help": "Learned prefix keys and values per stream in every attention layer."}
+        default=48,
+        metadata={"help": "With 'prefix': learned prefix keys and values per stream in every attention layer."},
+    )
+    stream_lora_rank: int = field(
+        default=8, metadata={"help": "With 'lora': rank of each stream's own weights in every linear layer."}
+    )
+    stream_lora_alpha: float = field(
+        default=16.0, metadata={"help": "With 'lora': each stream's own weights are scaled by alpha / rank."}
+    )
+    aggregator: str = field(
+        default="dynamic",
+        metadata={
+            "help": "How the streams are mixed: 'dynamic' (the paper's choice: an MLP weighs them anew for every "
+            "token), 'static' (one learned weight per stream) or 'mean' (nothing learned)."
+        },
     )
     aggregator_smoothing: float = field(
         default=0.1, metadata={"help": "eps in w * (1 - eps) + eps / P; keeps every stream's weight above eps / P."}
@@ -54,10 +86,29 @@ class ParScaleArguments:
             raise ValueError(f"`init_std` must be positive, got {self.init_std!r}.")
         if isinstance(self.init_weights, bool):
             self.init_weights = "normal"
-        if self.init_weights not in STARTS_OF_PREFIXES:
-            raise ValueError(
-                f"`init_weights` must be one of {', '.join(STARTS_OF_PREFIXES)}, got {self.init_weights!r}."
-            )
+        self._check_choice("init_weights", STARTS_OF_PREFIXES)
+        self._check_choice("stream_transform", STREAM_TRANSFORMS)
+        self._check_choice("aggregator", tuple(AGGREGATORS))
+        if type(self.stream_lora_rank) is not int or self.stream_lora_rank < 1:
+            raise ValueError(f"`stream_lora_rank` must be an integer of at least 1, got {self.stream_lora_rank!r}.")
+        if not self.stream_lora_alpha > 0:
+            raise ValueError(f"`stream_lora_alpha` must be positive, got {self.stream_lora_alpha!r}.")
+        self._refuse_fields_of_other_transforms()
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value not in choices:
+            raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
+
+    def _refuse_fields_of_other_transforms(self) -> None:
+        defaults = {item.name: item.default for item in dataclasses.fields(ParScaleArguments)}
+        for name, transform in _TRANSFORM_OF_FIELD.items():
+            value = getattr(self, name)
+            if transform != self.stream_transform and value != defaults[name]:
+                raise ValueError(
+                    f"`{name}` belongs to `stream_transform={transform!r}`, got {value!r} with "
+                    f"`stream_transform={self.stream_transform!r}`: leave it out."
+                )
 
 
 @dataclass
@@ -70,6 +121,8 @@ class ParScaleConfig(ParScaleArguments, PeftConfig):
         target_modules: names of the decoder and of the attention modules that hold prefixes. Found by running one
             token through the backbone, never set by the user.
         modules_to_save: as in PEFT, further modules to train and save with the adapter.
+        lora: a [`peft.LoraConfig`] (or its fields as a dictionary) for low-rank weights on the backbone, shared by all
+            streams, trained with them and saved in the same file. With `num_streams=1` it is a plain LoRA adapter.
         backbone_fingerprint: what the adapter was trained on; checked when it is put on a backbone again.
         verify_backbone: False puts the adapter on a backbone with another fingerprint, with a warning. Pass it to
             `PeftModel.from_pretrained`; it is never saved.
@@ -77,6 +130,7 @@ class ParScaleConfig(ParScaleArguments, PeftConfig):
 
     target_modules: tuple[str, ...] | list[str] | str | None = None
     modules_to_save: list[str] | None = None
+    lora: LoraConfig | dict | None = None
     backbone_fingerprint: dict[str, str] | None = None
     verify_backbone: bool = True
 
@@ -88,6 +142,13 @@ class ParScaleConfig(ParScaleArguments, PeftConfig):
                 f"`modules_to_save` names parts of the backbone, got {self.modules_to_save}, but `train_backbone=True` "
                 "already trains and saves all of it: leave one of the two out."
             )
+        if self.lora is not None:
+            self.lora = lora_config(self.lora)
+            if self.train_backbone:
+                raise ValueError(
+                    "`lora` adds low-rank weights to a backbone that `train_backbone=True` trains as a whole: leave one "
+                    "of the two out."
+                )
         self.peft_type = PARSCALE
         # A config that comes with a fingerprint was read from a saved adapter, whose tensors replace any start.
         self.describes_saved_adapter = self.backbone_fingerprint is not None
@@ -101,4 +162,5 @@ class ParScaleConfig(ParScaleArguments, PeftConfig):
         """The fields that are saved."""
         fields = super().to_dict()
         del fields["verify_backbone"]
+        fields["lora"] = None if self.lora is None else lora_fields(self.lora)
         return fields

@@ -12,17 +12,26 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from .attention import STREAMS_ATTRIBUTE, route_through_streams
+from .attention import STREAMS_ATTRIBUTE, SUPPORTED_IMPLEMENTATIONS
 from .cache import claim_cache, stream_view, viewed_cache
-from .streams import replicate
+from .config_view import STREAMS, config_view, stock_config
+from .layout import StreamLayout, UniformLayout
+from .masks import register_stream_masks
+
+
+_ARGUMENTS_BY_TOKEN = ("input_ids", "inputs_embeds", "position_ids")
 
 
 def attach_stream_hooks(decoder: PreTrainedModel) -> list[RemovableHandle]:
-    """Run `decoder` in as many streams as its child module `parscale` says (`num_streams`, 1 = as it is).
+    """Run `decoder` in as many streams as its child `parscale` says.
 
-    The child is called on `last_hidden_state` `[P * B, T, H]` and returns `[B, T, H]`. Its `current_adapter` tells
-    apart whose keys and values a cache holds (None = the plain backbone's); `attended_shapes` are the sizes of keys
-    and values in attention, as in [`parscale_adapt.cache.stream_view`].
+    What the child must offer:
+
+    - called on `last_hidden_state` `[R, T, H]`, it returns `[B, T, H]`;
+    - `lay_out(batch_size, device)` and `layout`, the [`StreamLayout`] of the coming or running call;
+    - `num_prefix_tokens`, `current_adapter` (None = the plain backbone) and `cache_owner`, whose keys and values a
+      cache holds;
+    - `attended_shapes`, sizes of keys and values in attention, as in [`parscale_adapt.cache.stream_view`].
     """
     return [
         decoder.register_forward_pre_hook(_enter_streams, with_kwargs=True, prepend=True),
@@ -30,26 +39,57 @@ def attach_stream_hooks(decoder: PreTrainedModel) -> list[RemovableHandle]:
     ]
 
 
+def route_through_streams(module: nn.Module, decoder: PreTrainedModel) -> None:
+    """Let `module`, the decoder or one of its attention modules, look up the functions that know streams."""
+    module.config = config_view(stock_config(module.config), STREAMS, decoder)
+
+
+def restore_stock_functions(module: nn.Module) -> None:
+    """Undo [`route_through_streams`]."""
+    module.config = stock_config(module.config)
+
+
+def refuse_unsupported_attention(decoder: PreTrainedModel) -> None:
+    """Check the attention implementation that is set now.
+
+    Raises:
+        ValueError: it has no counterpart that knows streams.
+    """
+    name = stock_config(decoder.config)._attn_implementation
+    if name not in SUPPORTED_IMPLEMENTATIONS:
+        raise ValueError(
+            f"`attn_implementation` must be one of {', '.join(SUPPORTED_IMPLEMENTATIONS)} for streams, got {name!r}: "
+            'load the backbone with `attn_implementation="sdpa"`.'
+        )
+
+
 def _enter_streams(
     decoder: PreTrainedModel, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[tuple, dict[str, Any]] | None:
     streams = getattr(decoder, STREAMS_ATTRIBUTE)
-    num_streams = streams.num_streams
+    refuse_unsupported_attention(decoder)
     arguments = _arguments_by_name(decoder, args, kwargs)
+    tokens = arguments["input_ids"] if arguments.get("input_ids") is not None else arguments["inputs_embeds"]
+    layout = streams.lay_out(tokens.shape[0], tokens.device)
     cache = arguments.get("past_key_values")
     if cache is not None:
-        claim_cache(cache, streams.current_adapter)
-    if num_streams == 1:
+        claim_cache(cache, streams.cache_owner)
+    if layout.num_streams == 1:
         return None
-    route_through_streams(decoder)
-    tokens = arguments["input_ids"] if arguments.get("input_ids") is not None else arguments["inputs_embeds"]
-    batch_size = tokens.shape[0]
-    arguments = {name: _replicate_rows(value, batch_size, num_streams) for name, value in arguments.items()}
     if cache is None and _wants_cache(decoder, arguments.get("use_cache")):
-        cache = DynamicCache(config=decoder.config)
-        claim_cache(cache, streams.current_adapter)
+        cache = DynamicCache(config=stock_config(decoder.config))
+        claim_cache(cache, streams.cache_owner)
+    is_paged = arguments.get("cache") is not None
+    arguments = {
+        name: _replicate_rows(name, value, tokens.shape[0], layout)
+        if not is_paged or name in _ARGUMENTS_BY_TOKEN
+        else value
+        for name, value in arguments.items()
+    }
     if cache is not None:
-        arguments["past_key_values"] = stream_view(cache, num_streams, streams.attended_shapes)
+        view = stream_view(cache, layout, streams.attended_shapes)
+        view.show_states_as_rows()
+        arguments["past_key_values"] = view
     return (), arguments
 
 
@@ -61,6 +101,8 @@ def _wants_cache(decoder: PreTrainedModel, use_cache: bool | None) -> bool:
 
 
 def _arguments_by_name(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    if not args:
+        return kwargs
     positional = [
         parameter.name
         for parameter in inspect.signature(decoder.forward).parameters.values()
@@ -69,28 +111,42 @@ def _arguments_by_name(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) 
     return {**dict(zip(positional, args)), **kwargs}
 
 
-def _replicate_rows(value: Any, batch_size: int, num_streams: int) -> Any:
-    """Replicate what is laid out by sample: tensors of two or more dimensions with `batch_size` rows."""
-    if isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[0] == batch_size:
-        return replicate(value, num_streams)
+def _replicate_rows(name: str, value: Any, batch_size: int, layout: StreamLayout) -> Any:
+    """Replicate what is laid out by sample: tensors of two or more dimensions with `batch_size` rows.
+
+    Masks that are ready for attention, of four dimensions, stay, since attention keeps batch `B`.
+    """
     if isinstance(value, dict):
-        return {key: _replicate_rows(item, batch_size, num_streams) for key, item in value.items()}
-    return value
+        return {key: _replicate_rows(name, item, batch_size, layout) for key, item in value.items()}
+    if not isinstance(value, torch.Tensor) or value.dim() < 2:
+        return value
+    if name == "attention_mask" and value.dim() == 4:
+        return value
+    if name == "position_ids" and value.dim() == 3:  # `[axes, B, T]`, positions of several axes
+        return layout.replicate(value.transpose(0, 1)).transpose(0, 1)
+    return layout.replicate(value) if value.shape[0] == batch_size else value
 
 
 def _leave_streams(decoder: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     streams = getattr(decoder, STREAMS_ATTRIBUTE)
-    if streams.num_streams == 1:
+    layout = streams.layout
+    if layout.num_streams == 1:
         return None
+    view = kwargs.get("past_key_values")
+    if view is not None:
+        view.hide_streams_of_states()
     if isinstance(output, tuple):
         rest = [viewed_cache(item) if isinstance(item, Cache) else item for item in output[1:]]
         return (streams(output[0]), *rest)
     output["last_hidden_state"] = streams(output["last_hidden_state"])
     if output.get("past_key_values") is not None:
         output["past_key_values"] = viewed_cache(output["past_key_values"])
-    if output.get("router_logits") is not None:
+    if output.get("router_logits") is not None and isinstance(layout, UniformLayout):
         # One entry per layer and stream, so that the backbone's balancing loss finds B * T tokens in each.
         output["router_logits"] = tuple(
-            stream for layer in output["router_logits"] for stream in layer.chunk(streams.num_streams)
+            stream for layer in output["router_logits"] for stream in layer.chunk(layout.num_streams)
         )
     return output
+
+
+register_stream_masks()

@@ -4,8 +4,10 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .aggregator import Aggregator
+from .aggregator import AGGREGATORS
+from .cache import CacheOwner
 from .config import ParScaleConfig
+from .layout import MixedLayout, StreamLayout, UniformLayout
 from .prefix import ReparameterizedPrefix, StreamPrefix
 from .probe import AttentionShape
 
@@ -73,12 +75,6 @@ class AttentionStreams(ParScaleLayer):
         self.parscale_prefix_k = nn.ModuleDict()
         self.parscale_prefix_v = nn.ModuleDict()
 
-    @property
-    def num_prefix_tokens(self) -> int:
-        """n of the adapter whose streams run now; 0 for the plain backbone."""
-        adapter = self.current_adapter
-        return 0 if adapter is None else self.prefix_tokens_of[adapter]
-
     def update_layer(self, adapter_name: str, config: ParScaleConfig) -> None:
         """Add the prefixes of one adapter."""
         self.streams_of[adapter_name] = config.num_streams
@@ -106,10 +102,11 @@ class AttentionStreams(ParScaleLayer):
         self.prefix_tokens_of.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 
-    def forward(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put the active adapter's prefixes in front; see [`parscale_adapt.streams.prepend_prefix`]."""
-        adapter = self.current_adapter
-        return self.parscale_prefix_k[adapter](key), self.parscale_prefix_v[adapter](value)
+    def forward(self, adapter: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Prefix keys and values `[P, num_key_value_heads, n, key_size or value_size]` of one adapter, if it has any."""
+        if adapter not in self.parscale_prefix_k:
+            return None
+        return self.parscale_prefix_k[adapter](dtype), self.parscale_prefix_v[adapter](dtype)
 
 
 class DecoderStreams(ParScaleLayer):
@@ -128,14 +125,68 @@ class DecoderStreams(ParScaleLayer):
         self.hidden_size = hidden_size
         self.attended_shapes = attended_shapes
         self.parscale_aggregator = nn.ModuleDict()
+        self.prefix_tokens_of: dict[str, int] = {}
+        self.adapters_of_batch: list[str | None] | None = None
+        self._mixed_layout: MixedLayout | None = None
 
     def update_layer(self, adapter_name: str, config: ParScaleConfig) -> None:
-        """Add the aggregator of one adapter."""
-        aggregator = Aggregator(self.hidden_size, config.num_streams, config.aggregator_smoothing)
-        aggregator.reset_parameters(config.init_std)
-        self.parscale_aggregator[adapter_name] = self._place(aggregator)
+        """Add the aggregator of one adapter; one stream needs none."""
         self.streams_of[adapter_name] = config.num_streams
+        self.prefix_tokens_of[adapter_name] = config.num_prefix_tokens if config.stream_transform == "prefix" else 0
+        if config.num_streams > 1:
+            aggregator_class = AGGREGATORS[config.aggregator]
+            aggregator = aggregator_class(self.hidden_size, config.num_streams, config.aggregator_smoothing)
+            aggregator.reset_parameters(config.init_std)
+            self.parscale_aggregator[adapter_name] = self._place(aggregator)
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """n of the adapter whose streams run now; 0 for the plain backbone."""
+        adapter = self.current_adapter
+        return 0 if adapter is None else self.prefix_tokens_of[adapter]
+
+    @property
+    def layout(self) -> StreamLayout:
+        """The rows of the coming or running call."""
+        return UniformLayout(self.num_streams) if self._mixed_layout is None else self._mixed_layout
+
+    @property
+    def cache_owner(self) -> CacheOwner:
+        """Whose keys and values a cache of the coming call holds."""
+        return self.current_adapter if self.adapters_of_batch is None else tuple(self.adapters_of_batch)
+
+    def lay_out(self, batch_size: int, device: torch.device) -> StreamLayout:
+        """Lay out a batch; `adapters_of_batch`, where set, names the adapter of every sample.
+
+        A batch several times as large repeats each sample, as `generate` does for beams.
+
+        Raises:
+            ValueError: the batch has another number of samples than `adapters_of_batch` names.
+        """
+        self._mixed_layout = None
+        if self.adapters_of_batch is not None:
+            repeats, rest = divmod(batch_size, len(self.adapters_of_batch))
+            if rest or not repeats:
+                raise ValueError(
+                    f"`adapter_names` must name one adapter per sample, got {len(self.adapters_of_batch)} names for "
+                    f"{batch_size} samples."
+                )
+            adapters = [name for name in self.adapters_of_batch for _ in range(repeats)]
+            num_streams = [1 if name is None else self.streams_of.get(name, 1) for name in adapters]
+            self._mixed_layout = MixedLayout(adapters, num_streams, device)
+        return self.layout
+
+    def end_mixed_batches(self) -> None:
+        """Go back to one adapter for all samples."""
+        self.adapters_of_batch = self._mixed_layout = None
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Mix the streams of the active adapter: `[P * B, T, H]` to `[B, T, H]`."""
-        return self.parscale_aggregator[self.current_adapter](hidden_states)
+        """Mix the streams: `[R, T, H]` to `[B, T, H]`."""
+        if self._mixed_layout is None:
+            return self.parscale_aggregator[self.current_adapter](hidden_states)
+        mixed = hidden_states.new_empty(len(self._mixed_layout.adapters), *hidden_states.shape[1:])
+        for group in self._mixed_layout.groups:
+            states = hidden_states[group.rows]
+            is_plain = group.num_streams == 1
+            mixed[group.samples] = states if is_plain else self.parscale_aggregator[group.adapter](states)
+        return mixed

@@ -3,8 +3,6 @@
 import torch
 from torch import nn
 
-from .streams import prepend_prefix
-
 
 class StreamPrefix(nn.Module):
     """The prefix keys (or values) of one attention layer, one set per stream.
@@ -23,9 +21,9 @@ class StreamPrefix(nn.Module):
         """Prefix from N(0, `init_std`) (paper, Appendix A)."""
         nn.init.normal_(self.weight, std=init_std)
 
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """Put the prefix in front; shapes as in [`parscale_adapt.streams.prepend_prefix`]."""
-        return prepend_prefix(self.weight, states)
+    def forward(self, dtype: torch.dtype) -> torch.Tensor:
+        """The prefix `[P, num_key_value_heads, n, head_size]` as a new tensor, which outlives a sharded parameter."""
+        return self.weight.to(dtype, copy=True)
 
 
 class ReparameterizedPrefix(nn.Module):
@@ -59,6 +57,6 @@ class ReparameterizedPrefix(nn.Module):
         prefix = self.output(torch.tanh(self.hidden(self.embedding)))
         return prefix.view(num_streams, num_prefix_tokens, num_heads, head_size).transpose(1, 2)
 
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """Compute the prefix and put it in front, as [`StreamPrefix.forward`]."""
-        return prepend_prefix(self.folded(), states)
+    def forward(self, dtype: torch.dtype) -> torch.Tensor:
+        """Compute the prefix, as [`StreamPrefix.forward`]."""
+        return self.folded().to(dtype)

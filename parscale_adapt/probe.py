@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .attention import observe_attention, route_through_streams
+from .decoder import refuse_unsupported_attention
+from .observer import observe_attention
 
 
 class AttentionShape(NamedTuple):
@@ -38,7 +39,10 @@ class Observation:
 
 @dataclass
 class Backbone:
-    """The decoder of a causal LM and the attention modules in which a prefix can live, by module name."""
+    """The decoder of a causal LM and the attention modules in which a prefix can live, by module name.
+
+    `attention_shapes` is empty where no attention can be reached.
+    """
 
     decoder_name: str
     hidden_size: int
@@ -78,15 +82,11 @@ def probe_backbone(model: PreTrainedModel) -> Backbone:
     """Find the decoder and every attention module of `model` by running one token through it.
 
     Raises:
-        TypeError, ValueError: as in [`find_decoder`]; ValueError also where no attention of it can be reached.
+        TypeError, ValueError: as in [`find_decoder`]; ValueError also where attention picks single keys.
     """
     decoder_name = find_decoder(model)
+    refuse_unsupported_attention(model.get_submodule(decoder_name))
     observed = observe_states(model, torch.zeros(1, 1, dtype=torch.long))
-    if not observed.states:
-        raise ValueError(
-            f"{type(model).__name__} has no attention that streams can reach: none of its layers calls transformers' "
-            "attention interface, so there is nowhere to put a prefix."
-        )
     shapes = {
         name: AttentionShape(states.key.shape[1], states.key.shape[-1], states.value.shape[-1])
         for name, states in observed.states.items()
@@ -105,10 +105,9 @@ def observe_states(
     def record(module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> None:
         states[names[module]] = ObservedStates(key, value)
 
-    route_through_streams(model)
     device = model.get_input_embeddings().weight.device
     positions = {} if position_ids is None else {"position_ids": position_ids.to(device)}
-    with evaluating(model), gathered_parameters(model), observe_attention(record):
+    with evaluating(model), gathered_parameters(model), observe_attention(model, record):
         output = model.get_submodule(find_decoder(model))(input_ids=input_ids.to(device), use_cache=False, **positions)
     return Observation(states, output[0].shape[-1])
 

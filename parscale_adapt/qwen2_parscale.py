@@ -1,5 +1,6 @@
 """The authors' published layout (model type `qwen2_parscale`) on today's transformers, without remote code."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,9 +10,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Qwen2Confi
 from transformers import initialization as init
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2ForCausalLM, Qwen2Model
 
-from .aggregator import Aggregator
-from .decoder import attach_stream_hooks
-from .streams import prepend_prefix
+from .aggregator import DynamicAggregator
+from .decoder import attach_stream_hooks, route_through_streams
+from .layout import UniformLayout
+from .paged import init_continuous_batching
 
 
 @strict
@@ -26,28 +28,20 @@ class Qwen2ParScaleConfig(Qwen2Config):
     parscale_attn_smooth: float = 0.01
 
 
-class _AttentionStreams:
-    """What the attention function asks of a layer, reading the layer's own `prefix_k` and `prefix_v`."""
-
-    def __init__(self, attention: "Qwen2ParScaleAttention"):
-        self.attention = attention
-        self.num_streams = attention.config.parscale_n
-        self.num_prefix_tokens = attention.config.parscale_n_tokens
-
-    def __call__(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return prepend_prefix(self.attention.prefix_k, key), prepend_prefix(self.attention.prefix_v, value)
-
-
 class _DecoderStreams:
     """What the hooks ask of a decoder with published weights; there is no adapter to switch."""
 
-    current_adapter = "qwen2_parscale"
+    current_adapter = cache_owner = "qwen2_parscale"
 
     def __init__(self, decoder: "Qwen2ParScaleModel"):
-        attention = decoder.layers[0].self_attn
-        self.attended_shapes = {(decoder.config.num_key_value_heads, attention.head_dim, attention.head_dim)}
-        self.num_streams = decoder.config.parscale_n
+        config, attention = decoder.config, decoder.layers[0].self_attn
+        self.attended_shapes = {(config.num_key_value_heads, attention.head_dim, attention.head_dim)}
+        self.layout = UniformLayout(config.parscale_n)
+        self.num_prefix_tokens = config.parscale_n_tokens
         self.aggregator = decoder.aggregate_layer
+
+    def lay_out(self, batch_size: int, device: torch.device) -> UniformLayout:
+        return self.layout
 
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.aggregator(hidden_states)
@@ -62,10 +56,9 @@ class Qwen2ParScaleAttention(Qwen2Attention):
         self.prefix_k = nn.Parameter(torch.empty(shape))
         self.prefix_v = nn.Parameter(torch.empty(shape))
 
-    @property
-    def parscale(self) -> _AttentionStreams:
-        """The streams of this layer; see [`parscale_adapt.attention`]."""
-        return _AttentionStreams(self)
+    def parscale(self, adapter: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prefix keys and values; see [`parscale_adapt.attention`]."""
+        return self.prefix_k.to(dtype), self.prefix_v.to(dtype)
 
 
 def _initialize(module: nn.Module, std: float) -> None:
@@ -84,8 +77,10 @@ class Qwen2ParScaleModel(Qwen2Model):
         if config.parscale_n > 1:
             for index, layer in enumerate(self.layers):
                 layer.self_attn = Qwen2ParScaleAttention(config, index)
-            self.aggregate_layer = Aggregator(config.hidden_size, config.parscale_n, config.parscale_attn_smooth)
+            self.aggregate_layer = DynamicAggregator(config.hidden_size, config.parscale_n, config.parscale_attn_smooth)
             attach_stream_hooks(self)
+            for module in (self, *(layer.self_attn for layer in self.layers)):
+                route_through_streams(module, self)
             self.post_init()
 
     @property
@@ -107,6 +102,13 @@ class Qwen2ParScaleForCausalLM(Qwen2ForCausalLM):
         super().__init__(config)
         self.model = Qwen2ParScaleModel(config)
         self.post_init()
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """See [`parscale_adapt.paged.init_continuous_batching`]."""
+        is_plain = self.config.parscale_n == 1
+        return (super().init_continuous_batching if is_plain else partial(init_continuous_batching, self))(
+            *args, **kwargs
+        )
 
     def _init_weights(self, module: Any) -> None:
         super()._init_weights(module)

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from .layers import ParScaleLayer
 from .probe import ObservedStates, evaluating, gathered_parameters, observe_states
 
 
@@ -51,7 +51,7 @@ def _generate_tokens(model: PreTrainedModel, num_rows: int, num_tokens: int) -> 
 @contextmanager
 def streams_off(model: nn.Module) -> Iterator[None]:
     """Run the plain backbone inside the block."""
-    layers = [module for module in model.modules() if isinstance(module, ParScaleLayer)]
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     before = [layer.disable_adapters for layer in layers]
     for layer in layers:
         layer._disable_adapters = True

@@ -1,33 +1,44 @@
 """Adapter files: which tensors belong into one, under which names, and strict checks on the way out and in.
 
-A file holds `<attention>.parscale_prefix_k`, `<attention>.parscale_prefix_v`, `<decoder>.parscale_aggregator.*` and,
-where the backbone was trained, every parameter of the backbone.
+A file holds what the streams differ by (`<attention>.parscale_prefix_k` and `_v`, or `<linear>.parscale_lora_A` and
+`_B`, or `<linear>.parscale_bias`), `<decoder>.parscale_aggregator.*`, shared LoRA by PEFT's own names
+(`<module>.lora_A.weight`, `<module>.lora_B.weight`) and, where the backbone was trained, every parameter of it.
 """
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 
 import torch
+from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .attention import STREAMS_ATTRIBUTE
-from .layers import AttentionStreams, ParScaleLayer
+from .layers import ParScaleLayer
 from .prefix import ReparameterizedPrefix
 from .probe import gathered, is_partitioned
 from .registration import PARAMETER_PREFIX
 
 
 _LAYER_MARK = f".{STREAMS_ATTRIBUTE}.{PARAMETER_PREFIX}"
+_SHARED_LORA = "|".join(LoraLayer.adapter_layer_names)
+_WRAPPED = ".base_layer"  # where PEFT's LoRA layers keep the backbone's own module
 
 
 def checkpoint_key(key: str, adapter_name: str) -> str:
     """The name in a file of a tensor in the model, for example
     `layers.0.self_attn.parscale.parscale_prefix_k.default.weight` to `layers.0.self_attn.parscale_prefix_k`."""
+    key = key.replace(f"{_WRAPPED}.", ".")
+    key, is_shared_lora = re.subn(rf"\.({_SHARED_LORA})\.{re.escape(adapter_name)}(\.weight)?$", r".\1\2", key)
+    if is_shared_lora:
+        return key
     host, mark, rest = key.partition(_LAYER_MARK)
     container, _, parameter = rest.partition(f".{adapter_name}.")
     if not mark or not parameter:
         return key
+    if container == "transform":
+        return f"{host}.{PARAMETER_PREFIX}{parameter}"
     name = f"{host}.{PARAMETER_PREFIX}{container}"
     return name if container.startswith("prefix") else f"{name}.{parameter}"
 
@@ -38,12 +49,11 @@ def refuse_reparameterized(model: nn.Module, adapter_name: str) -> None:
     Raises:
         ValueError: the prefixes of the adapter are reparameterised.
     """
-    for name, module in model.named_modules():
-        if isinstance(module, ReparameterizedPrefix) and name.endswith(f".{adapter_name}"):
-            raise ValueError(
-                f"Adapter {adapter_name!r} computes its prefixes by an MLP (`init_weights='reparameterized'`), the file "
-                "holds them folded: load the file into a new adapter, which goes on with plain prefixes."
-            )
+    if any(_reparameterized_prefixes(model, adapter_name)):
+        raise ValueError(
+            f"Adapter {adapter_name!r} computes its prefixes by an MLP (`init_weights='reparameterized'`), the file "
+            "holds them folded: load the file into a new adapter, which goes on with plain prefixes."
+        )
 
 
 def fold_reparameterized(
@@ -51,12 +61,16 @@ def fold_reparameterized(
 ) -> dict[str, torch.Tensor]:
     """Replace the tensors of each reparameterised prefix by the plain prefix that they compute."""
     folded = dict(tensors)
-    for name, module in model.named_modules():
-        if not isinstance(module, ReparameterizedPrefix) or not name.endswith(f".{adapter_name}"):
-            continue
+    for name, module in _reparameterized_prefixes(model, adapter_name):
         parameters = {key: folded.pop(f"{name}.{key}") for key, _ in module.named_parameters()}
         folded[f"{name}.weight"] = fold_prefix(module, parameters)
     return folded
+
+
+def _reparameterized_prefixes(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, ReparameterizedPrefix]]:
+    for name, module in model.named_modules():
+        if isinstance(module, ReparameterizedPrefix) and name.endswith(f".{adapter_name}"):
+            yield name, module
 
 
 @torch.no_grad()
@@ -68,19 +82,25 @@ def fold_prefix(module: ReparameterizedPrefix, parameters: dict[str, torch.Tenso
     return copy.folded().contiguous()
 
 
+def adapter_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
+    """The parameters of one adapter as they are trained, shared LoRA included, by their names in the model."""
+    return {
+        f"{name}.{container}.{key}": parameter
+        for name, layer in model.named_modules()
+        if isinstance(layer, ParScaleLayer | LoraLayer)
+        for container in layer.adapter_layer_names
+        for key, parameter in getattr(layer, container).named_parameters()
+        if key == adapter_name or key.startswith(f"{adapter_name}.")
+    }
+
+
 def expected_adapter_shapes(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, ...]]:
     """Names in the model and shapes of all tensors of one adapter once folded."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, layer in model.named_modules():
-        if not isinstance(layer, ParScaleLayer) or adapter_name not in layer.streams_of:
-            continue
-        if isinstance(layer, AttentionStreams):
-            for container in layer.adapter_layer_names:
-                shapes[f"{name}.{container}.{adapter_name}.weight"] = layer.prefix_shape(container, adapter_name)
-        else:
-            aggregator = layer.parscale_aggregator[adapter_name]
-            prefix = f"{name}.parscale_aggregator.{adapter_name}"
-            shapes |= {f"{prefix}.{key}": full_shape(value) for key, value in aggregator.named_parameters()}
+    shapes = {name: full_shape(value) for name, value in adapter_parameters(model, adapter_name).items()}
+    for name, module in _reparameterized_prefixes(model, adapter_name):
+        for key, _ in module.named_parameters():
+            del shapes[f"{name}.{key}"]
+        shapes[f"{name}.weight"] = module.shape
     return shapes
 
 
@@ -104,8 +124,13 @@ def load_backbone(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def backbone_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all parameters outside adapters; a tied parameter stands once."""
-    adapter_owned = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, ParScaleLayer))
+    """Names in the model and shapes of all parameters outside adapters; a tied parameter stands once."""
+    adapter_owned = tuple(
+        f"{name}.{container}."
+        for name, layer in model.named_modules()
+        if isinstance(layer, ParScaleLayer | LoraLayer)
+        for container in layer.adapter_layer_names
+    )
     return {
         name: full_shape(parameter)
         for name, parameter in model.named_parameters()

@@ -13,37 +13,16 @@ def replicate(tensor: torch.Tensor, num_streams: int) -> torch.Tensor:
 
 
 def fold_streams_into_heads(states: torch.Tensor, num_streams: int) -> torch.Tensor:
-    """`[P * B, h, T, d]` to `[B, P * h, T, d]`: streams become heads, stream index major."""
-    num_rows, num_heads, seq_len, head_size = states.shape
-    batch_size = num_rows // num_streams
-    states = states.reshape(num_streams, batch_size, num_heads, seq_len, head_size).transpose(0, 1)
-    return states.reshape(batch_size, num_streams * num_heads, seq_len, head_size)
+    """`[P * B, h, ...]` to `[B, P * h, ...]`: streams become heads, stream index major."""
+    by_stream = states.reshape(num_streams, -1, *states.shape[1:]).transpose(0, 1)
+    return by_stream.reshape(by_stream.shape[0], -1, *states.shape[2:])
 
 
 def unfold_streams_from_heads(states: torch.Tensor, num_streams: int) -> torch.Tensor:
-    """`[B, P * h, T, d]` to a `[P, B, h, T, d]` view, the inverse of [`fold_streams_into_heads`] up to a reshape."""
-    batch_size, num_folded_heads, seq_len, head_size = states.shape
-    return states.view(batch_size, num_streams, num_folded_heads // num_streams, seq_len, head_size).transpose(0, 1)
-
-
-def prepend_prefix(prefix: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-    """Put each stream's prefix in front of its keys or values (paper, section 2).
-
-    Args:
-        prefix: `[P, h, n, d]`, learned, not rotated.
-        states: `[P * B, h, T, d]` rows, or `[B, P * h, T, d]` as a cache with folded streams returns them.
-
-    Returns:
-        `[P * B, h, n + T, d]` in the dtype of `states`.
-    """
-    num_streams, num_heads, _, head_size = prefix.shape
-    if states.shape[1] == num_heads:
-        by_stream = states.view(num_streams, -1, num_heads, *states.shape[-2:])
-    else:
-        by_stream = unfold_streams_from_heads(states, num_streams)
-    batch_size = by_stream.shape[1]
-    expanded = prefix.to(states.dtype)[:, None].expand(-1, batch_size, -1, -1, -1)
-    return torch.cat([expanded, by_stream], dim=-2).view(num_streams * batch_size, num_heads, -1, head_size)
+    """`[B, P * h, ...]` to `[P * B, h, ...]`, the inverse of [`fold_streams_into_heads`]."""
+    batch_size, num_folded_heads = states.shape[:2]
+    by_sample = states.view(batch_size, num_streams, num_folded_heads // num_streams, *states.shape[2:])
+    return by_sample.transpose(0, 1).flatten(0, 1)
 
 
 def aggregation_features(hidden_states: torch.Tensor, num_streams: int) -> torch.Tensor:

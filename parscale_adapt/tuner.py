@@ -4,21 +4,27 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from types import MethodType
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, functional
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
-from .attention import STREAMS_ATTRIBUTE, restore_stock_attention
+from .attention import STREAMS_ATTRIBUTE
 from .config import ParScaleConfig
-from .decoder import attach_stream_hooks
+from .decoder import attach_stream_hooks, restore_stock_functions, route_through_streams
 from .fingerprint import backbone_fingerprint, describe_difference
 from .layers import AttentionStreams, DecoderStreams, ParScaleLayer
+from .linear_layers import ProjectionStreams, attach_projection_hook
+from .paged import init_continuous_batching
 from .probe import Backbone, ObservedStates, find_decoder, probe_backbone
+from .projections import ProjectionShape, observe_projections
 from .registration import PARAMETER_PREFIX, register_method
-from .start import observe_token_states
+from .shared_lora import backbone_modules, inject_shared_lora, remove_idle_lora, unwrapped
+from .start import observe_token_states, streams_off
 from .state import (
     backbone_shapes,
     check_complete,
@@ -35,13 +41,18 @@ class ParScaleModel(BaseTuner):
     """Parallel streams injected into a causal LM; made by [`peft.get_peft_model`] from a [`ParScaleConfig`]."""
 
     prefix: str = PARAMETER_PREFIX
-    tuner_layer_cls = ParScaleLayer
+    tuner_layer_cls = (ParScaleLayer, LoraLayer)  # PEFT only hands it to isinstance
 
     @cached_property
     def _backbone(self) -> Backbone:
         """Found before the first layer is attached, and kept."""
-        with _unchanged_on_error(self.model):
-            return probe_backbone(self.model)
+        return probe_backbone(self.model)
+
+    @cached_property
+    def _projections(self) -> dict[str, ProjectionShape]:
+        """Found when the first adapter asks for them, and kept."""
+        with streams_off(self.model):
+            return observe_projections(self.model, backbone_modules(self.model))
 
     @cached_property
     def _fingerprint(self) -> dict[str, str]:
@@ -80,20 +91,74 @@ class ParScaleModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: ParScaleConfig, model_config: dict) -> ParScaleConfig:
         backbone = self._backbone
+        # Tuples, since PEFT shortens a list of 20 or more names to common endings.
         if peft_config.num_streams == 1:
-            peft_config.target_modules = DUMMY_TARGET_MODULES
-        else:
-            # A tuple, since PEFT shortens a list of 20 or more names to common endings.
+            # Low-rank weights alone have no streams, but the decoder must know whose keys and values a cache holds.
+            peft_config.target_modules = DUMMY_TARGET_MODULES if peft_config.lora is None else (backbone.decoder_name,)
+        elif peft_config.stream_transform == "prefix":
+            if not backbone.attention_shapes:
+                raise ValueError(
+                    f"{type(self.model).__name__} has no attention that streams can reach: none of its layers calls "
+                    "transformers' attention interface, so there is nowhere to put a prefix; use "
+                    "`stream_transform='lora'` or `'bitfit'`."
+                )
             peft_config.target_modules = (backbone.decoder_name, *backbone.attention_shapes)
+        else:
+            peft_config.target_modules = (backbone.decoder_name, *self._projections)
+            self._refuse_copied_hosts(peft_config)
         return peft_config
+
+    def _refuse_copied_hosts(self, config: ParScaleConfig) -> None:
+        """PEFT trains a copy of what `modules_to_save` names, in which streams would be trained twice."""
+        for wanted in config.modules_to_save or ():
+            for name in self._projections:
+                if f".{wanted}." in f".{name}.":
+                    raise ValueError(
+                        f"`modules_to_save` names {wanted!r}, but the linear layer `{name}` in it holds what the streams "
+                        f"of `stream_transform={config.stream_transform!r}` differ by: leave it out."
+                    )
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Add one adapter: its streams, then the LoRA that they share.
+
+        Raises:
+            ValueError: the backbone, the configuration or the shared LoRA's targets don't fit; nothing is changed.
+        """
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        config = self.peft_config[adapter_name]
+        if config.lora is None:
+            return
+        config.lora.inference_mode = config.inference_mode
+        requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
+        try:
+            for layer in inject_shared_lora(model, config.lora, adapter_name, low_cpu_mem_usage):
+                layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        except Exception:
+            self._forget(adapter_name)
+            raise
+        finally:
+            for parameter, value in requires_grad.items():
+                parameter.requires_grad_(value)
+
+    def _forget(self, adapter_name: str) -> None:
+        """Take back an adapter that could not be added completely."""
+        if len(self.peft_config) == 1:
+            self.unload()
+        else:
+            functional.delete_adapter(self.model, adapter_name, self.prefix, self.tuner_layer_cls)
+            remove_idle_lora(self.model)
 
     def _prepare_model(self, peft_config: ParScaleConfig, model: nn.Module) -> None:
         self._start_states: dict[str, ObservedStates] = {}
         if peft_config.init_weights == "tokens" and peft_config.num_streams > 1 and _needs_start(peft_config):
-            with _unchanged_on_error(model):
-                self._start_states = observe_token_states(
-                    model, peft_config.num_streams, peft_config.num_prefix_tokens
-                )
+            self._start_states = observe_token_states(model, peft_config.num_streams, peft_config.num_prefix_tokens)
 
     @staticmethod
     def _check_target_module_exists(peft_config: ParScaleConfig, key: str) -> bool:
@@ -110,10 +175,11 @@ class ParScaleModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         """Give the target module a `parscale` child, or the child one more adapter; nothing is replaced."""
-        layer = getattr(target, STREAMS_ATTRIBUTE, None)
+        host = unwrapped(target)
+        layer = getattr(host, STREAMS_ATTRIBUTE, None)
         if layer is None:
-            layer = self._new_layer(target, current_key)
-            target.add_module(STREAMS_ATTRIBUTE, layer)
+            layer = self._new_layer(host, current_key)
+            host.add_module(STREAMS_ATTRIBUTE, layer)
         layer.update_layer(adapter_name, peft_config)
         if current_key in self._start_states:
             states = self._start_states.pop(current_key)
@@ -122,9 +188,16 @@ class ParScaleModel(BaseTuner):
     def _new_layer(self, target: nn.Module, key: str) -> ParScaleLayer:
         if key == self._backbone.decoder_name:
             self._stream_hooks = attach_stream_hooks(target)
+            self.model.init_continuous_batching = MethodType(init_continuous_batching, self.model)
+            if self._backbone.attention_shapes:
+                for name in (key, *self._backbone.attention_shapes):
+                    route_through_streams(self.model.get_submodule(name), target)
             attended_shapes = frozenset(self._backbone.attention_shapes.values())
             return DecoderStreams(target, self._backbone.hidden_size, attended_shapes)
-        return AttentionStreams(target, self._backbone.attention_shapes[key])
+        if key in self._backbone.attention_shapes:
+            return AttentionStreams(target, self._backbone.attention_shapes[key])
+        self._stream_hooks.append(attach_projection_hook(target))
+        return ProjectionStreams(target, self._projections[key])
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
@@ -146,24 +219,63 @@ class ParScaleModel(BaseTuner):
             raise ValueError(f"Only one ParScale adapter can be active at a time, got {adapter_name}.")
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete one adapter with all its tensors; if it was active, another one becomes active in its place."""
+        active = [name for name in self.active_adapters if name != adapter_name]
+        remaining = sorted(name for name in self.peft_config if name != adapter_name)
+        if not active and remaining and adapter_name in self.peft_config:
+            active = remaining[:1]
+            warnings.warn(
+                f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {active[0]}.",
+                stacklevel=2,
+            )
+            self.set_adapter(active)
+        super().delete_adapter(adapter_name)
+        remove_idle_lora(self.model)
+        self.active_adapter = active
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
-        """Refuses PEFT's `adapter_names`, which would otherwise be ignored."""
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                "`adapter_names` can't mix adapters within a batch, since each may run another number of streams: "
-                "switch with `set_adapter` and run each adapter on its own batch."
-            )
-        yield
+        """Let every sample of a batch run the adapter that PEFT's `adapter_names` gives it; `"__base__"` is the plain
+        backbone.
+
+        Raises:
+            ValueError: the model is in training mode, or a name is unknown.
+        """
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("`adapter_names` mixes adapters for inference only, got a model in training mode.")
+        unknown = sorted(set(names) - self.peft_config.keys() - {"__base__"})
+        if unknown:
+            raise ValueError(f"`adapter_names` must name loaded adapters, {sorted(self.peft_config)}, got {unknown}.")
+        with self._mixed_adapters([None if name == "__base__" else name for name in names]):
+            yield
+
+    @contextmanager
+    def _mixed_adapters(self, adapters: list[str | None]) -> Iterator[None]:
+        streams = getattr(self.model.get_submodule(self._backbone.decoder_name), STREAMS_ATTRIBUTE, None)
+        if streams is None:  # no adapter has more than one stream
+            yield
+            return
+        streams.adapters_of_batch = [name if name in streams.streams_of else None for name in adapters]
+        try:
+            yield
+        finally:
+            streams.end_mixed_batches()
 
     def unload(self) -> nn.Module:
         """The plain backbone, without any trace of streams."""
         for hook in self.__dict__.pop("_stream_hooks", []):
             hook.remove()
+        vars(self.model).pop("init_continuous_batching", None)
+        for name in (self._backbone.decoder_name, *self._backbone.attention_shapes):
+            restore_stock_functions(self.model.get_submodule(name))
         for module in list(self.model.modules()):
             if isinstance(getattr(module, STREAMS_ATTRIBUTE, None), ParScaleLayer):
                 delattr(module, STREAMS_ATTRIBUTE)
-        restore_stock_attention(self.model)
         return super().unload()
 
     def merge_and_unload(self, *args, **kwargs) -> nn.Module:
@@ -216,20 +328,11 @@ class ParScaleModel(BaseTuner):
         refuse_reparameterized(model, adapter_name)
         expected = expected_adapter_shapes(model, adapter_name) | saved_module_shapes(model, adapter_name)
         backbone = backbone_shapes(model) if config.train_backbone else {}
-        model_keys = {checkpoint_key(key, adapter_name): key for key in expected}
+        model_keys = {checkpoint_key(key, adapter_name): key for key in (*expected, *backbone)}
         remapped = {model_keys.get(key, key): tensor for key, tensor in state_dict.items()}
         check_complete(remapped, expected | backbone, "The adapter file")
         load_backbone(model, {name: remapped.pop(name) for name in backbone})
         return remapped
-
-
-@contextmanager
-def _unchanged_on_error(model: nn.Module) -> Iterator[None]:
-    try:
-        yield
-    except Exception:
-        restore_stock_attention(model)
-        raise
 
 
 def _needs_start(config: ParScaleConfig) -> bool:

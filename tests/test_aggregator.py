@@ -2,14 +2,14 @@ import pytest
 import torch
 from oracle import mix_by_hand
 
-from parscale_adapt.aggregator import Aggregator
+from parscale_adapt.aggregator import DynamicAggregator
 
 
 P, B, T, H = 3, 2, 5, 8
 
 
 def aggregator_and_states(dtype=torch.float32):
-    aggregator = Aggregator(H, P, smoothing=0.1)
+    aggregator = DynamicAggregator(H, P, smoothing=0.1)
     aggregator.reset_parameters(0.5)
     for linear in (aggregator[0], aggregator[2]):
         torch.nn.init.normal_(linear.bias)
@@ -27,12 +27,12 @@ def test_it_equals_the_mixture_computed_by_hand():
 
 
 def test_its_tensors_have_the_published_names_and_shapes():
-    shapes = {name: tuple(tensor.shape) for name, tensor in Aggregator(H, P, 0.1).state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in DynamicAggregator(H, P, 0.1).state_dict().items()}
     assert shapes == {"0.weight": (H, P * H), "0.bias": (H,), "2.weight": (P, H), "2.bias": (P,)}
 
 
 def test_it_starts_normal_with_biases_at_zero():
-    aggregator = Aggregator(64, 4, 0.1)
+    aggregator = DynamicAggregator(64, 4, 0.1)
     aggregator.reset_parameters(0.02)
     assert aggregator[0].weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert aggregator[2].weight.std().item() == pytest.approx(0.02, rel=0.2)

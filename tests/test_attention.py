@@ -1,5 +1,6 @@
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,12 +8,10 @@ from tiny_models import random_tokens, tiny_model, with_streams
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
-from parscale_adapt.attention import (
-    SUPPORTED_IMPLEMENTATIONS,
-    observe_attention,
-    restore_stock_attention,
-    route_through_streams,
-)
+from parscale_adapt.attention import SUPPORTED_IMPLEMENTATIONS
+from parscale_adapt.decoder import restore_stock_functions, route_through_streams
+from parscale_adapt.layout import UniformLayout
+from parscale_adapt.observer import observe_attention
 from parscale_adapt.prefix import StreamPrefix
 from parscale_adapt.streams import fold_streams_into_heads
 
@@ -23,22 +22,24 @@ P, B, HEADS, GROUPS, SIZE, VALUE_SIZE, N = 2, 3, 2, 2, 8, 6, 4
 class Streams(torch.nn.Module):
     """What the attention function asks of a layer: prefixes of two kinds, values of another size than keys."""
 
-    num_streams, num_prefix_tokens = P, N
-
     def __init__(self):
         super().__init__()
         self.keys, self.values = StreamPrefix((P, HEADS, N, SIZE)), StreamPrefix((P, HEADS, N, VALUE_SIZE))
         self.keys.reset_parameters(1.0)
         self.values.reset_parameters(1.0)
 
-    def forward(self, key, value):
-        return self.keys(key), self.values(value)
+    def forward(self, adapter, dtype):
+        assert adapter == "chosen"
+        return self.keys(dtype), self.values(dtype)
 
 
-def attention_module():
-    module = modeling_llama.LlamaAttention(tiny_model("llama").config, layer_idx=0)
+def attention_module(num_streams=P, implementation="sdpa"):
+    model = tiny_model("llama", implementation)
+    module = modeling_llama.LlamaAttention(model.config, layer_idx=0)
     module.num_key_value_groups = GROUPS
     module.parscale = Streams()
+    model.model.parscale = SimpleNamespace(layout=UniformLayout(num_streams), current_adapter="chosen")
+    route_through_streams(module, model.model)
     return module
 
 
@@ -48,9 +49,9 @@ def random_states(length, past=0):
     return query, key, torch.randn(P * B, HEADS, past + length, VALUE_SIZE)
 
 
-def attend(implementation, module, query, key, value, mask=None):
+def attend(implementation, module, query, key, value, mask=None, **kwargs):
     function = ALL_ATTENTION_FUNCTIONS[f"parscale_{implementation}"]
-    return function(module, query, key, value, mask, scaling=SIZE**-0.5, dropout=0.0)[0]
+    return function(module, query, key, value, mask, scaling=SIZE**-0.5, dropout=0.0, **kwargs)[0]
 
 
 def attend_by_hand(streams, query, key, value, visible):
@@ -101,10 +102,9 @@ def test_a_mask_hides_tokens_but_never_the_prefix(implementation, kind, rows_of_
     torch.testing.assert_close(attend(implementation, module, query, key, value, mask), expected)
 
 
-@pytest.mark.parametrize("implementation", SUPPORTED_IMPLEMENTATIONS)
-def test_a_module_without_streams_gets_the_stock_function(implementation):
-    module, (query, key, value) = attention_module(), random_states(5)
-    del module.parscale
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_a_single_stream_gets_the_stock_function(implementation):
+    module, (query, key, value) = attention_module(num_streams=1), random_states(5)
     mask = torch.zeros(1, 1, 5, 5)
     stock = {"eager": modeling_llama.eager_attention_forward, "sdpa": ALL_ATTENTION_FUNCTIONS["sdpa"]}[implementation]
     expected = stock(module, query, key, value, mask, scaling=SIZE**-0.5, dropout=0.0)[0]
@@ -112,49 +112,73 @@ def test_a_module_without_streams_gets_the_stock_function(implementation):
 
 
 @pytest.mark.parametrize("implementation", SUPPORTED_IMPLEMENTATIONS)
-def test_routing_is_undone_exactly(implementation):
-    model = tiny_model(implementation=implementation)
-    route_through_streams(model)
-    route_through_streams(model)
-    assert model.config._attn_implementation == f"parscale_{implementation}"
-    restore_stock_attention(model)
-    assert model.config._attn_implementation == implementation
-    restore_stock_attention(model)
-    assert model.config._attn_implementation == implementation
+def test_routing_leaves_the_name_on_the_model_and_is_undone_exactly(implementation):
+    model = tiny_model()
+    decoder, module, config = model.model, model.model.layers[0].self_attn, model.config
+    model.config._attn_implementation_internal = implementation
+    route_through_streams(module, decoder)
+    route_through_streams(module, decoder)
+    assert module.config._attn_implementation == f"parscale_{implementation}"
+    assert model.config is config
+    assert config._attn_implementation == implementation
+    restore_stock_functions(module)
+    assert module.config is config
 
 
-def test_a_model_set_back_to_a_stock_name_by_its_user_is_routed_again():
-    model = with_streams(tiny_model())
-    expected = model(random_tokens()).logits
+def test_another_implementation_chosen_later_reaches_routed_modules():
+    model = tiny_model()
+    module = model.model.layers[0].self_attn
+    route_through_streams(module, model.model)
     model.set_attn_implementation("eager")
-    torch.testing.assert_close(model(random_tokens()).logits, expected, atol=1e-4, rtol=1e-4)
-    assert model.config._attn_implementation == "parscale_eager"
+    assert module.config._attn_implementation == "parscale_eager"
 
 
-def test_an_unsupported_implementation_is_refused_by_name():
-    model = tiny_model(implementation="flex_attention")
-    with pytest.raises(ValueError, match=r"must be one of eager, sdpa for streams, got 'flex_attention'"):
-        route_through_streams(model)
+
+def test_an_implementation_that_knows_no_streams_is_refused_by_name():
+    model = with_streams(tiny_model())
+    model.config._attn_implementation_internal = "flash_attention_9"
+    with pytest.raises(ValueError, match=r"must be one of eager, sdpa, .* for streams, got 'flash_attention_9'"):
+        model(random_tokens())
 
 
-@pytest.mark.parametrize("name", ["indices", "block_indices", "position_bias"])
+@pytest.mark.parametrize("name", ["indices", "block_indices"])
 def test_attention_that_addresses_single_keys_is_refused(name):
     function = ALL_ATTENTION_FUNCTIONS["parscale_sdpa"]
-    with pytest.raises(ValueError, match=f"LlamaAttention picks or weighs single keys .`{name}`."):
+    with pytest.raises(ValueError, match=f"LlamaAttention picks single keys .`{name}`."):
         function(attention_module(), *random_states(5), None, **{name: torch.zeros(1)})
+
+
+@pytest.mark.parametrize("folded", [False, True], ids=["rows", "folded"])
+@pytest.mark.parametrize("has_mask", [False, True])
+@pytest.mark.parametrize("rows_of_bias", [1, P * B])
+def test_a_position_bias_weighs_tokens_and_leaves_the_prefix_alone(rows_of_bias, has_mask, folded):
+    module, (query, key, value) = attention_module(), random_states(5)
+    bias = torch.randn(rows_of_bias, HEADS * GROUPS, 5, 5)
+    mask = causal(5)[:1, None] if has_mask else None
+    prefix_key, prefix_value = (prefix.weight.repeat_interleave(B, 0) for prefix in (module.parscale.keys, module.parscale.values))
+    keys, values = torch.cat([prefix_key, key], 2), torch.cat([prefix_value, value], 2)
+    scores = query @ keys.repeat_interleave(GROUPS, 1).transpose(2, 3) / math.sqrt(SIZE)
+    scores[..., N:] += bias.masked_fill(~causal(5)[:1, None], -math.inf)
+    expected = (scores.softmax(-1) @ values.repeat_interleave(GROUPS, 1)).transpose(1, 2)
+    if folded:
+        key, value = fold_streams_into_heads(key, P), fold_streams_into_heads(value, P)
+    torch.testing.assert_close(attend("sdpa", module, query, key, value, mask, position_bias=bias), expected)
 
 
 def test_an_eager_attention_of_unknown_origin_is_refused():
     module = torch.nn.Linear(2, 2)
+    module.config = attention_module(num_streams=1).config
     with pytest.raises(ValueError, match=r'Linear has no eager attention function .* `attn_implementation="sdpa"`'):
         attend("eager", module, *random_states(5))
 
 
 def test_observers_see_keys_before_the_prefix_and_only_inside_their_block():
-    module, (query, key, value) = attention_module(), random_states(5)
-    seen = []
-    with observe_attention(lambda *call: seen.append(call)):
-        attend("sdpa", module, query, key, value)
-    attend("sdpa", module, query, key, value)
-    assert len(seen) == 1
-    assert seen[0] == (module, key, value)
+    model = with_streams(tiny_model())
+    layers = model.get_base_model().model.layers
+    expected, seen = model(random_tokens()).logits, []
+    with model.disable_adapter(), observe_attention(model.get_base_model(), lambda *call: seen.append(call)):
+        model(random_tokens())
+    assert [module for module, key, value in seen] == [layer.self_attn for layer in layers]
+    assert all(states.shape == (2, 2, 9, 8) for module, *pair in seen for states in pair)
+    assert torch.equal(model(random_tokens()).logits, expected)
+    assert len(seen) == 2

@@ -1,8 +1,10 @@
 import pytest
 import torch
+from peft import get_peft_model
 from tiny_models import ARCHITECTURES, random_tokens, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
+from parscale_adapt import ParScaleConfig
 from parscale_adapt.probe import AttentionShape, evaluating, find_decoder, observe_states, probe_backbone
 
 
@@ -84,13 +86,14 @@ def test_something_else_than_a_transformers_model_is_refused():
 def test_a_model_whose_attention_cannot_be_reached_is_refused_with_the_reason(model_type):
     model = from_config(AutoModelForCausalLM, model_type)
     message = f"{type(model).__name__} has no attention that streams can reach: .* nowhere to put a prefix"
+    assert probe_backbone(model).attention_shapes == {}
     with pytest.raises(ValueError, match=message):
-        probe_backbone(model)
+        get_peft_model(model, ParScaleConfig())
 
 
 def test_a_model_whose_attention_picks_single_keys_is_refused():
     sizes = {"index_topk": 3, "index_n_heads": 2, "index_head_dim": 8, "first_k_dense_replace": 2}
     latent = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 6}
     model = tiny_model("deepseek_v32", "eager", num_key_value_heads=4, **sizes, **latent)
-    with pytest.raises(ValueError, match=r"DeepseekV32Attention picks or weighs single keys .`indices`."):
+    with pytest.raises(ValueError, match=r"DeepseekV32Attention picks single keys .`indices`."):
         probe_backbone(model)

@@ -1,0 +1,58 @@
+"""Looking at the attention calls of a plain model, before any prefix is added."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from .attention import SUPPORTED_IMPLEMENTATIONS, refuse_arguments_per_key, stock_function
+from .config_view import config_view, stock_config
+
+
+_OBSERVED = "parscale_observed_"
+
+AttentionObserver = Callable[[nn.Module, torch.Tensor, torch.Tensor], None]
+_observer: ContextVar[AttentionObserver] = ContextVar("attention_observer")
+
+
+@contextmanager
+def observe_attention(model: PreTrainedModel, observer: AttentionObserver) -> Iterator[None]:
+    """Call `observer(module, key, value)` for every attention call of `model` inside the block.
+
+    Streams must be off: attention runs as in the plain backbone.
+    """
+    configs = {
+        module: module.config
+        for module in model.modules()
+        if isinstance(module.__dict__.get("config"), PreTrainedConfig)
+    }
+    token = _observer.set(observer)
+    for module, config in configs.items():
+        module.config = config_view(stock_config(config), _OBSERVED)
+    try:
+        yield
+    finally:
+        for module, config in configs.items():
+            module.config = config
+        _observer.reset(token)
+
+
+def _observed_attention(implementation: str) -> Callable:
+    def attention(
+        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        refuse_arguments_per_key(module, kwargs)
+        _observer.get()(module, key, value)
+        return stock_function(implementation, module)(module, query, key, value, *args, **kwargs)
+
+    return attention
+
+
+for _implementation in SUPPORTED_IMPLEMENTATIONS:
+    AttentionInterface.register(_OBSERVED + _implementation, _observed_attention(_implementation))
+    if _implementation in ALL_MASK_ATTENTION_FUNCTIONS:
+        AttentionMaskInterface.register(_OBSERVED + _implementation, ALL_MASK_ATTENTION_FUNCTIONS[_implementation])

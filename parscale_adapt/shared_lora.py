@@ -1,0 +1,111 @@
+"""LoRA on the backbone that all streams of an adapter share: PEFT's own layers, under the adapter's own name."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from peft import LoraConfig, PeftConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+
+SUPPORTED_FIELDS = (
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "fan_in_fan_out",
+    "init_lora_weights",
+)
+_STARTS = (True, False, "gaussian")  # the others change the backbone's weights or need data
+
+
+def lora_config(value: LoraConfig | Mapping[str, Any]) -> LoraConfig:
+    """A copy of `value` that holds nothing but [`SUPPORTED_FIELDS`].
+
+    Raises:
+        TypeError: it is no [`peft.LoraConfig`] and no dictionary.
+        ValueError: it has a field that LoRA doesn't know, or sets one that would change the backbone, train more than
+            the low-rank weights, or need another kind of layer.
+    """
+    if isinstance(value, Mapping):
+        unknown = sorted(value.keys() - {item.name for item in dataclasses.fields(LoraConfig)})
+        if unknown:
+            raise ValueError(f"`lora` has unknown fields {unknown}: it can hold {', '.join(SUPPORTED_FIELDS)}.")
+        value = LoraConfig(**value)
+    elif type(value) is not LoraConfig:
+        raise TypeError(f"`lora` must be a peft.LoraConfig or a dictionary, got {type(value).__name__}.")
+    default, unchecked = LoraConfig(), {item.name for item in dataclasses.fields(PeftConfig)} | set(SUPPORTED_FIELDS)
+    for item in dataclasses.fields(LoraConfig):
+        if item.name not in unchecked and getattr(value, item.name) != getattr(default, item.name):
+            raise ValueError(
+                f"`lora` sets `{item.name}` to {getattr(value, item.name)!r}, which doesn't go with streams: it can "
+                f"hold {', '.join(SUPPORTED_FIELDS)}."
+            )
+    if value.init_lora_weights not in _STARTS:
+        raise ValueError(f"`init_lora_weights` in `lora` must be one of {_STARTS}, got {value.init_lora_weights!r}.")
+    return LoraConfig(**lora_fields(value))
+
+
+def lora_fields(config: LoraConfig) -> dict[str, Any]:
+    """The fields of a LoRA configuration, ready for JSON."""
+    fields = {name: getattr(config, name) for name in SUPPORTED_FIELDS}
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}
+
+
+def inject_shared_lora(
+    model: nn.Module, config: LoraConfig, adapter_name: str, low_cpu_mem_usage: bool = False
+) -> list[LoraLayer]:
+    """Wrap the target modules of `model` in PEFT's LoRA layers, or give those that are wrapped one more adapter.
+
+    PEFT activates the new adapter in these layers and freezes the rest; what should be active and trained is the
+    caller's to restore.
+
+    Returns:
+        All LoRA layers of the model.
+
+    Raises:
+        ValueError: no module matches, or one that matches can't have low-rank weights.
+    """
+    own_configs = vars(model).pop("peft_config", None)  # PEFT would mix its own configuration into them
+    try:
+        inject_adapter_in_model(config, model, adapter_name, low_cpu_mem_usage)
+    finally:
+        vars(model).pop("peft_config", None)
+        if own_configs is not None:
+            model.peft_config = own_configs
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+def remove_idle_lora(model: nn.Module) -> None:
+    """Put the backbone's own modules back in place of LoRA layers that no adapter uses any more."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoraLayer) and not module._get_available_adapters():
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.base_layer)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The backbone's own module behind a LoRA layer, or the argument itself."""
+    return module.get_base_layer() if isinstance(module, LoraLayer) else module
+
+
+def backbone_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of the backbone by the names that they have without any adapter."""
+    return dict(_walk(model, ""))
+
+
+def _walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    module = unwrapped(module)
+    if isinstance(module, BaseTunerLayer):
+        return
+    yield name, module
+    for child_name, child in module.named_children():
+        yield from _walk(child, f"{name}.{child_name}" if name else child_name)
