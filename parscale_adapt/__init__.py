@@ -4,6 +4,7 @@ Importing the package registers the method with PEFT and the model type `qwen2_p
 """
 
 from .config import ParScaleConfig
+from .grow import grow_streams
 from .qwen2_parscale import Qwen2ParScaleConfig, Qwen2ParScaleForCausalLM, Qwen2ParScaleModel
 from .tuner import ParScaleModel
 
@@ -17,4 +18,5 @@ __all__ = [
     "Qwen2ParScaleForCausalLM",
     "Qwen2ParScaleModel",
     "__version__",
+    "grow_streams",
 ]

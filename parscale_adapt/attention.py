@@ -9,6 +9,7 @@ For attention the streams of a sample are extra heads, so that masks, packed doc
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .config_view import STREAMS, stock_config
 from .joined import attend_over_prefix_and_cache
-from .layout import MixedLayout, UniformLayout
+from .layout import Group, MixedLayout, UniformLayout
+from .streams import unfold_streams_of_output
 from .varlen import is_packed, put_prefix_before_documents
 
 
@@ -125,29 +127,36 @@ def _attend_by_group(
     kwargs: dict[str, Any],
 ) -> tuple[torch.Tensor, None]:
     """Every adapter of a mixed batch attends for its own samples, as if it were alone."""
-    num_rows, num_samples = query.shape[0], layout.count_samples(query.shape[0])
+    num_rows = query.shape[0]
     outputs = []
     for group in layout.groups:
-
-        def select(value: Any) -> Any:
-            if not isinstance(value, torch.Tensor) or value.dim() < 2:
-                return value
-            if value.shape[0] == num_rows:
-                return value[group.rows]
-            return value[group.samples] if value.shape[0] == num_samples else value
-
-        states = [select(key), select(value)]
+        select = partial(_select, group=group, num_rows=num_rows, num_samples=layout.count_samples(num_rows))
+        num_heads = key.shape[1]
         if key.shape[0] != num_rows:
-            num_heads = group.num_streams * (key.shape[1] // layout.num_streams)
-            states = [state[:, :num_heads] for state in states]
-        arguments = {name: select(argument) for name, argument in kwargs.items()}
-        mask, alone = select(attention_mask), UniformLayout(group.num_streams)
+            num_heads = group.num_streams * (num_heads // layout.num_streams)
         output, _ = _attend(
-            implementation, module, query[group.rows], *states, mask, alone, group.adapter, arguments
+            implementation,
+            module,
+            query[group.rows],
+            select(key)[:, :num_heads],
+            select(value)[:, :num_heads],
+            select(attention_mask),
+            UniformLayout(group.num_streams),
+            group.adapter,
+            {name: select(argument) for name, argument in kwargs.items()},
         )
         outputs.append(output)
     order = torch.cat([group.rows for group in layout.groups]).argsort()
     return torch.cat(outputs)[order], None
+
+
+def _select(value: Any, group: Group, num_rows: int, num_samples: int) -> Any:
+    """What is laid out by row or by sample, for one group only."""
+    if not isinstance(value, torch.Tensor) or value.dim() < 2:
+        return value
+    if value.shape[0] == num_rows:
+        return value[group.rows]
+    return value[group.samples] if value.shape[0] == num_samples else value
 
 
 def _attend(
@@ -167,14 +176,15 @@ def _attend(
     streams = getattr(module, STREAMS_ATTRIBUTE, None)
     prefix = None if streams is None else streams(adapter, key.dtype)
     num_rows = query.shape[0]
-    has_mask_per_row = isinstance(attention_mask, torch.Tensor) and attention_mask.shape[0] == num_rows
+    has_mask_per_row = attention_mask is not None and attention_mask.shape[0] == num_rows
     if implementation == "eager" or has_mask_per_row:
         if key.shape[0] != num_rows:
             key, value = layout.to_rows(key), layout.to_rows(value)
         if isinstance(attention_mask, torch.Tensor) and not has_mask_per_row and attention_mask.shape[0] > 1:
             attention_mask = layout.replicate(attention_mask)
         if prefix is not None:
-            prefix = tuple(states.repeat_interleave(num_rows // layout.num_streams, dim=0) for states in prefix)
+            batch_size = num_rows // layout.num_streams
+            prefix = tuple(states.repeat_interleave(batch_size, dim=0) for states in prefix)
         return _attend_behind_prefix(implementation, module, query, key, value, attention_mask, prefix, kwargs)
 
     if key.shape[0] == num_rows:
@@ -185,7 +195,7 @@ def _attend(
     module = _seen_module(implementation, module, layout.num_streams)
     query = layout.to_heads(query)
     output, _ = _attend_behind_prefix(implementation, module, query, key, value, attention_mask, prefix, arguments)
-    return layout.to_rows(output.transpose(1, 2)).transpose(1, 2), None
+    return unfold_streams_of_output(output, layout.num_streams), None
 
 
 def _seen_module(implementation: str, module: nn.Module, num_streams: int) -> Any:
@@ -227,15 +237,17 @@ def _attend_behind_prefix(
     if prefix is None:
         return stock(module, query, key, value, attention_mask, **kwargs)
     num_prefix_tokens, num_queries = prefix[0].shape[-2], query.shape[-2]
+    prefix_key, prefix_value = (states.expand(key.shape[0], -1, -1, -1) for states in prefix)
     if _can_join(implementation, query, attention_mask, kwargs):
-        return attend_over_prefix_and_cache(query, key, value, *prefix, attention_mask, kwargs.get("scaling")), None
-    prefix = tuple(states.expand(key.shape[0], -1, -1, -1) for states in prefix)
+        scaling = kwargs.get("scaling")
+        output = attend_over_prefix_and_cache(query, key, value, prefix_key, prefix_value, attention_mask, scaling)
+        return output, None
     if implementation.startswith("flash"):
         _refuse_window(module, key, kwargs)
         if is_packed(key, attention_mask, kwargs):
-            key, value, kwargs = put_prefix_before_documents(key, value, *prefix, kwargs)
+            key, value, kwargs = put_prefix_before_documents(key, value, prefix_key, prefix_value, kwargs)
             return stock(module, query, key, value, None, **kwargs)
-    key, value = (torch.cat(states, dim=-2) for states in zip(prefix, (key, value)))
+    key, value = torch.cat([prefix_key, key], dim=-2), torch.cat([prefix_value, value], dim=-2)
     bias = kwargs.get("position_bias")
     if attention_mask is None and implementation == "sdpa" and num_queries > 1:
         # sdpa's causal flag aligns to the upper left: with n zero queries in front, token t sees prefix and 0..t.

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from transformers import Cache
-from transformers.cache_utils import LinearAttentionCacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from .layout import StreamLayout
 
@@ -23,18 +23,17 @@ class _StreamFolding(Cache):
 
     __slots__ = ()
     layout: StreamLayout
-    attended_shapes: Set[tuple[int, int, int]]
+    attended_layers: Set[int]
     viewed: Cache
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        shape = (key_states.shape[1], key_states.shape[-1], value_states.shape[-1])
         key_states, value_states = self.layout.to_heads(key_states), self.layout.to_heads(value_states)
         key_states, value_states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        if shape in self.attended_shapes:
+        if layer_idx in self.attended_layers:
             return key_states, value_states
-        # The layer computes its keys and values from what it caches (latent attention) and expects rows.
+        # The layer computes its keys and values from what it caches (latent attention, for one) and expects rows.
         return self.layout.to_rows(key_states), self.layout.to_rows(value_states)
 
     def show_states_as_rows(self) -> None:
@@ -63,14 +62,28 @@ def claim_cache(cache: Cache, owner: CacheOwner) -> None:
     previous = getattr(cache, _OWNER, None)
     if previous == owner:
         return
-    if cache.get_seq_length() > 0:
+    if any(_is_filled(layer) for layer in cache.layers):
         raise ValueError(
             f"`past_key_values` was filled by {_describe(previous)} and can't be continued by {_describe(owner)}: "
             "start again from an empty cache after switching adapters."
         )
     for layer in cache.layers:
-        layer.is_initialized = False  # an empty static cache may come allocated for another number of heads
+        _forget_allocation(layer)
     setattr(cache, _OWNER, owner)
+
+
+def _is_filled(layer: CacheLayerMixin | LinearAttentionCacheLayerMixin) -> bool:
+    has_states = isinstance(layer, LinearAttentionCacheLayerMixin) and any(layer.has_previous_state.values())
+    return has_states or (isinstance(layer, CacheLayerMixin) and bool(layer.get_seq_length() > 0))
+
+
+def _forget_allocation(layer: CacheLayerMixin | LinearAttentionCacheLayerMixin) -> None:
+    """An empty cache may come allocated for another number of heads or rows."""
+    layer.is_initialized = False
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        for index in layer.conv_states:
+            layer.conv_states[index] = layer.recurrent_states[index] = None
+            layer.is_conv_states_initialized[index] = layer.is_recurrent_states_initialized[index] = False
 
 
 def _describe(owner: CacheOwner) -> str:
@@ -81,21 +94,21 @@ def _describe(owner: CacheOwner) -> str:
 
 @lru_cache
 def _view_class(cache_class: type) -> type:
-    namespace = {"__slots__": ("attended_shapes", "layout", "viewed"), "__module__": __name__}
+    namespace = {"__slots__": ("attended_layers", "layout", "viewed"), "__module__": __name__}
     return type(f"StreamView{cache_class.__name__}", (_StreamFolding, cache_class), namespace)
 
 
-def stream_view(cache: Cache, layout: StreamLayout, attended_shapes: Set[tuple[int, int, int]]) -> _StreamFolding:
+def stream_view(cache: Cache, layout: StreamLayout, attended_layers: Set[int]) -> _StreamFolding:
     """A cache object that shares all state with `cache` and folds streams into heads on `update`.
 
-    `update` returns `[B, P * h, T, d]` where (heads, key size, value size) is among `attended_shapes`, those that
-    reach the attention function, and `[R, h, T, d]` elsewhere. `view.viewed` is `cache` itself.
+    `update` returns `[B, P * h, T, d]` in `attended_layers`, whose attention functions get just what it returns, and
+    `[R, h, T, d]` elsewhere. `view.viewed` is `cache` itself.
     """
     cache_class: Any = type(cache)
     view: Any = object.__new__(_view_class(cache_class))
     view.__dict__ = cache.__dict__
     view.layout = layout
-    view.attended_shapes = attended_shapes
+    view.attended_layers = attended_layers
     view.viewed = cache
     return view
 

@@ -12,8 +12,12 @@ import typer
 
 from parscale_adapt.commands.cost import cost
 from parscale_adapt.commands.diagnose import diagnose
+from parscale_adapt.commands.export import export
 from parscale_adapt.commands.fit_law import fit_law
+from parscale_adapt.commands.import_checkpoint import import_checkpoint
+from parscale_adapt.commands.inspect import inspect
 from parscale_adapt.commands.predict import predict
+from parscale_adapt.commands.verify import verify
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -21,6 +25,10 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "predict": predict,
     "cost": cost,
     "diagnose": diagnose,
+    "import": import_checkpoint,
+    "export": export,
+    "verify": verify,
+    "inspect": inspect,
 }
 
 app = typer.Typer(

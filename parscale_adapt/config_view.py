@@ -35,7 +35,9 @@ class _View:
         self.viewed._attn_implementation = value
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PreTrainedConfig":
-        return config_view(copy.deepcopy(self.viewed, memo), self.name_prefix, copy.deepcopy(self.stream_decoder, memo))
+        return config_view(
+            copy.deepcopy(self.viewed, memo), self.name_prefix, copy.deepcopy(self.stream_decoder, memo)
+        )
 
     def __reduce__(self) -> tuple[Callable, tuple]:
         return config_view, (self.viewed, self.name_prefix, self.stream_decoder)
@@ -52,7 +54,8 @@ def config_view(config: PreTrainedConfig, name_prefix: str, decoder: nn.Module |
 
     `view.viewed` is `config` itself, `view.stream_decoder` the decoder whose streams run there.
     """
-    view: Any = object.__new__(_view_class(type(config)))
+    config_class: Any = type(config)
+    view: Any = object.__new__(_view_class(config_class))
     for name, value in {"__dict__": config.__dict__, "viewed": config, "name_prefix": name_prefix}.items():
         object.__setattr__(view, name, value)
     object.__setattr__(view, "stream_decoder", decoder)

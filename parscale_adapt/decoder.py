@@ -31,7 +31,7 @@ def attach_stream_hooks(decoder: PreTrainedModel) -> list[RemovableHandle]:
     - `lay_out(batch_size, device)` and `layout`, the [`StreamLayout`] of the coming or running call;
     - `num_prefix_tokens`, `current_adapter` (None = the plain backbone) and `cache_owner`, whose keys and values a
       cache holds;
-    - `attended_shapes`, sizes of keys and values in attention, as in [`parscale_adapt.cache.stream_view`].
+    - `attended_layers`, as in [`parscale_adapt.cache.stream_view`], and `masks_per_row`, as in [`parscale_adapt.masks`].
     """
     return [
         decoder.register_forward_pre_hook(_enter_streams, with_kwargs=True, prepend=True),
@@ -80,6 +80,7 @@ def _enter_streams(
         cache = DynamicCache(config=stock_config(decoder.config))
         claim_cache(cache, streams.cache_owner)
     is_paged = arguments.get("cache") is not None
+    arguments = _with_positions(decoder, arguments, tokens.shape[1])
     arguments = {
         name: _replicate_rows(name, value, tokens.shape[0], layout)
         if not is_paged or name in _ARGUMENTS_BY_TOKEN
@@ -87,10 +88,25 @@ def _enter_streams(
         for name, value in arguments.items()
     }
     if cache is not None:
-        view = stream_view(cache, layout, streams.attended_shapes)
+        view = stream_view(cache, layout, streams.attended_layers)
         view.show_states_as_rows()
         arguments["past_key_values"] = view
     return (), arguments
+
+
+def _with_positions(decoder: PreTrainedModel, arguments: dict[str, Any], num_tokens: int) -> dict[str, Any]:
+    """Count positions from the first real token of every sample, as `generate` does, where they aren't given.
+
+    Rotary backbones see differences of positions only and don't care. Prefix keys aren't rotated, so for streams the
+    padding on the left of a sample would shift its tokens away from them.
+    """
+    mask = arguments.get("attention_mask")
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2 or arguments.get("position_ids") is not None:
+        return arguments
+    if "position_ids" not in inspect.signature(decoder.forward).parameters:
+        return arguments
+    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -num_tokens:]
+    return {**arguments, "position_ids": positions}
 
 
 def _wants_cache(decoder: PreTrainedModel, use_cache: bool | None) -> bool:

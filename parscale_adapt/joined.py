@@ -19,7 +19,7 @@ def attend_over_prefix_and_cache(
     Args:
         query: `[B, heads, T, key_size]`.
         key, value: `[B, key_value_heads, S, key_size or value_size]`.
-        prefix_key, prefix_value: `[B or 1, key_value_heads, n, key_size or value_size]`.
+        prefix_key, prefix_value: `[B, key_value_heads, n, key_size or value_size]`.
         attention_mask: True or 0 where visible, `[B or 1, heads or 1, T, S]`; None shows all keys to every query.
         scaling: of the scores, `1 / sqrt(key_size)` if None.
 

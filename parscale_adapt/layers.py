@@ -115,15 +115,16 @@ class DecoderStreams(ParScaleLayer):
     Args:
         host: the decoder.
         hidden_size: size of its final hidden states.
-        attended_shapes: sizes of the keys and values in its attention modules.
+        attended_layers, masks_per_row: what [`parscale_adapt.probe.Backbone`] says of its caches and masks.
     """
 
     adapter_layer_names = ("parscale_aggregator",)
 
-    def __init__(self, host: nn.Module, hidden_size: int, attended_shapes: frozenset[AttentionShape]):
+    def __init__(self, host: nn.Module, hidden_size: int, attended_layers: frozenset[int], masks_per_row: bool):
         super().__init__(host)
         self.hidden_size = hidden_size
-        self.attended_shapes = attended_shapes
+        self.attended_layers = attended_layers
+        self.masks_per_row = masks_per_row
         self.parscale_aggregator = nn.ModuleDict()
         self.prefix_tokens_of: dict[str, int] = {}
         self.adapters_of_batch: list[str | None] | None = None

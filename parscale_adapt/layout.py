@@ -66,6 +66,7 @@ class MixedLayout:
             for sample in range(len(self.adapters))
             if stream < num_streams[sample]
         ]
+        self.adapter_of_row = tuple(self.adapters[sample] for sample, _ in rows)
         self.sample_of_row = torch.tensor([sample for sample, _ in rows], device=device)
         self._slot_of_row = torch.tensor([s * self.num_streams + p for s, p in rows], device=device)
         self.groups = [self._group(adapter, num_streams) for adapter in dict.fromkeys(adapters)]

@@ -8,7 +8,8 @@ from torch.utils.hooks import RemovableHandle
 
 from .attention import STREAMS_ATTRIBUTE
 from .config import ParScaleConfig
-from .layers import ParScaleLayer
+from .layers import DecoderStreams, ParScaleLayer
+from .layout import MixedLayout
 from .projections import ProjectionShape
 from .transforms import StreamBias, StreamLora
 
@@ -21,13 +22,16 @@ class ProjectionStreams(ParScaleLayer):
     Args:
         host: the linear layer.
         shape: sizes of its input and output.
+        decoder_streams: knows the layout of the rows.
     """
 
     adapter_layer_names = ("parscale_transform",)
 
-    def __init__(self, host: nn.Module, shape: ProjectionShape):
+    def __init__(self, host: nn.Module, shape: ProjectionShape, decoder_streams: DecoderStreams):
         super().__init__(host)
         self.shape = shape
+        # Kept out of the module tree, where it has its own place.
+        object.__setattr__(self, "_decoder_streams", decoder_streams)
         self.parscale_transform = nn.ModuleDict()
 
     def update_layer(self, adapter_name: str, config: ParScaleConfig) -> None:
@@ -43,9 +47,24 @@ class ProjectionStreams(ParScaleLayer):
         self.parscale_transform[adapter_name] = self._place(transform)
 
     def forward(self, states: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """Add the active adapter's transform of `states` `[P * B, T, in_features]` to the linear layer's `output`."""
-        change = self.parscale_transform[self.current_adapter](states)
-        return output + change.to(output.dtype)
+        """What the linear layer gives in every stream.
+
+        Args:
+            states: its input `[R, T, in_features]`.
+            output: its own output `[R, T, out_features]`.
+        """
+        layout = self._decoder_streams.layout
+        if not isinstance(layout, MixedLayout):
+            adapter = self.current_adapter
+            return output if adapter is None else output + self._change(adapter, states, output.dtype)
+        output = output.clone()
+        for group in layout.groups:
+            if group.adapter is not None and group.adapter in self.parscale_transform:
+                output[group.rows] += self._change(group.adapter, states[group.rows], output.dtype)
+        return output
+
+    def _change(self, adapter: str, states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return self.parscale_transform[adapter](states).to(dtype)
 
 
 def attach_projection_hook(host: nn.Module) -> RemovableHandle:
@@ -53,6 +72,5 @@ def attach_projection_hook(host: nn.Module) -> RemovableHandle:
     return host.register_forward_hook(_add_stream_transform)
 
 
-def _add_stream_transform(host: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
-    streams = getattr(host, STREAMS_ATTRIBUTE)
-    return None if streams.current_adapter is None else streams(args[0], output)
+def _add_stream_transform(host: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+    return getattr(host, STREAMS_ATTRIBUTE)(args[0], output)

@@ -10,17 +10,24 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from .attention import SUPPORTED_IMPLEMENTATIONS
 from .config_view import STREAMS
+from .layout import MixedLayout
 
 
 def _stream_mask(implementation: str) -> Callable:
     stock = ALL_MASK_ATTENTION_FUNCTIONS[implementation]
 
     def mask(batch_size: int, attention_mask: torch.Tensor | None, config: PreTrainedConfig, **kwargs: Any) -> Any:
-        """The mask of `batch_size` = R rows of tokens, as one for their B samples."""
+        """The mask of `batch_size` = R rows of tokens: one for each of their B samples, or, where the architecture
+        computes with its masks (`masks_per_row`), one for each row."""
         streams = config.stream_decoder.parscale
-        batch_size = streams.layout.count_samples(batch_size)
-        if attention_mask is not None:
-            attention_mask = attention_mask[:batch_size]  # the rows of the first stream, one per sample
+        if implementation == "flex_attention" and isinstance(streams.layout, MixedLayout):
+            raise ValueError(
+                "`adapter_names` mixes adapters in one batch, whose samples flex_attention's block mask can't tell apart: "
+                'call `set_attn_implementation("sdpa")` first.'
+            )
+        if not streams.masks_per_row:
+            batch_size = streams.layout.count_samples(batch_size)
+            attention_mask = None if attention_mask is None else attention_mask[:batch_size]  # those of stream 0
         made = stock(batch_size=batch_size, attention_mask=attention_mask, config=config, **kwargs)
         return _behind_prefix(made, streams.num_prefix_tokens) if isinstance(made, BlockMask) else made
 

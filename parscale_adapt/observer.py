@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,13 +16,23 @@ from .config_view import config_view, stock_config
 
 _OBSERVED = "parscale_observed_"
 
-AttentionObserver = Callable[[nn.Module, torch.Tensor, torch.Tensor], None]
+
+class AttentionObserver:
+    """What to do with the calls that [`observe_attention`] sees."""
+
+    def see_mask(self, mask: Any) -> None:
+        """transformers made a mask."""
+
+    def see_attention(self, module: nn.Module, key: torch.Tensor, value: torch.Tensor, mask: Any) -> None:
+        """An attention function was called with keys and values `[rows, heads, T, size]`."""
+
+
 _observer: ContextVar[AttentionObserver] = ContextVar("attention_observer")
 
 
 @contextmanager
 def observe_attention(model: PreTrainedModel, observer: AttentionObserver) -> Iterator[None]:
-    """Call `observer(module, key, value)` for every attention call of `model` inside the block.
+    """Let `observer` see every attention call of `model` inside the block.
 
     Streams must be off: attention runs as in the plain backbone.
     """
@@ -43,16 +54,25 @@ def observe_attention(model: PreTrainedModel, observer: AttentionObserver) -> It
 
 def _observed_attention(implementation: str) -> Callable:
     def attention(
-        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args, **kwargs
+        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         refuse_arguments_per_key(module, kwargs)
-        _observer.get()(module, key, value)
-        return stock_function(implementation, module)(module, query, key, value, *args, **kwargs)
+        _observer.get().see_attention(module, key, value, mask)
+        return stock_function(implementation, module)(module, query, key, value, mask, **kwargs)
 
     return attention
+
+
+def _observed_mask(implementation: str) -> Callable:
+    def mask(*args: Any, **kwargs: Any) -> Any:
+        made = ALL_MASK_ATTENTION_FUNCTIONS[implementation](*args, **kwargs)
+        _observer.get().see_mask(made)
+        return made
+
+    return mask
 
 
 for _implementation in SUPPORTED_IMPLEMENTATIONS:
     AttentionInterface.register(_OBSERVED + _implementation, _observed_attention(_implementation))
     if _implementation in ALL_MASK_ATTENTION_FUNCTIONS:
-        AttentionMaskInterface.register(_OBSERVED + _implementation, ALL_MASK_ATTENTION_FUNCTIONS[_implementation])
+        AttentionMaskInterface.register(_OBSERVED + _implementation, _observed_mask(_implementation))

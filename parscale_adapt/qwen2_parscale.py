@@ -32,10 +32,11 @@ class _DecoderStreams:
     """What the hooks ask of a decoder with published weights; there is no adapter to switch."""
 
     current_adapter = cache_owner = "qwen2_parscale"
+    masks_per_row = False
 
     def __init__(self, decoder: "Qwen2ParScaleModel"):
-        config, attention = decoder.config, decoder.layers[0].self_attn
-        self.attended_shapes = {(config.num_key_value_heads, attention.head_dim, attention.head_dim)}
+        config = decoder.config
+        self.attended_layers = range(config.num_hidden_layers)
         self.layout = UniformLayout(config.parscale_n)
         self.num_prefix_tokens = config.parscale_n_tokens
         self.aggregator = decoder.aggregate_layer
@@ -77,7 +78,9 @@ class Qwen2ParScaleModel(Qwen2Model):
         if config.parscale_n > 1:
             for index, layer in enumerate(self.layers):
                 layer.self_attn = Qwen2ParScaleAttention(config, index)
-            self.aggregate_layer = DynamicAggregator(config.hidden_size, config.parscale_n, config.parscale_attn_smooth)
+            self.aggregate_layer = DynamicAggregator(
+                config.hidden_size, config.parscale_n, config.parscale_attn_smooth
+            )
             attach_stream_hooks(self)
             for module in (self, *(layer.self_attn for layer in self.layers)):
                 route_through_streams(module, self)

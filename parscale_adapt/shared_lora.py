@@ -1,7 +1,9 @@
 """LoRA on the backbone that all streams of an adapter share: PEFT's own layers, under the adapter's own name."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from peft import LoraConfig, PeftConfig, inject_adapter_in_model
@@ -9,12 +11,15 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from .layout import MixedLayout, StreamLayout
+
 
 SUPPORTED_FIELDS = (
     "r",
     "lora_alpha",
     "lora_dropout",
     "target_modules",
+    "target_parameters",
     "exclude_modules",
     "layers_to_transform",
     "layers_pattern",
@@ -61,32 +66,55 @@ def lora_fields(config: LoraConfig) -> dict[str, Any]:
 
 
 def inject_shared_lora(
-    model: nn.Module, config: LoraConfig, adapter_name: str, low_cpu_mem_usage: bool = False
-) -> list[LoraLayer]:
+    model: nn.Module, configs: dict[str, LoraConfig], adapter_name: str, low_cpu_mem_usage: bool = False
+) -> None:
     """Wrap the target modules of `model` in PEFT's LoRA layers, or give those that are wrapped one more adapter.
 
-    PEFT activates the new adapter in these layers and freezes the rest; what should be active and trained is the
-    caller's to restore.
+    PEFT activates the new adapter and freezes the rest; what should be active and trained is the caller's to restore.
 
-    Returns:
-        All LoRA layers of the model.
+    Args:
+        model: the causal LM.
+        configs: of all adapters with shared LoRA, `adapter_name` among them.
+        adapter_name: the new adapter.
+        low_cpu_mem_usage: as in PEFT, leave the new tensors on the meta device.
 
     Raises:
         ValueError: no module matches, or one that matches can't have low-rank weights.
     """
-    own_configs = vars(model).pop("peft_config", None)  # PEFT would mix its own configuration into them
+    own_configs = vars(model).get("peft_config")
+    model.peft_config = {name: config for name, config in configs.items() if name != adapter_name}
     try:
-        inject_adapter_in_model(config, model, adapter_name, low_cpu_mem_usage)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute in the model")
+            inject_adapter_in_model(configs[adapter_name], model, adapter_name, low_cpu_mem_usage)
     finally:
-        vars(model).pop("peft_config", None)
+        del model.peft_config
         if own_configs is not None:
             model.peft_config = own_configs
-    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+@contextmanager
+def lora_by_row(model: nn.Module, current_layout: Callable[[], StreamLayout]) -> Iterator[None]:
+    """In batches that mix adapters, let every row run the shared LoRA of its own one, by PEFT's `adapter_names`."""
+
+    def name_rows(layer: LoraLayer, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        layout = current_layout()
+        if not isinstance(layout, MixedLayout):
+            return args, kwargs
+        # Outside of the decoder, where the LM head stands, a batch has one row per sample.
+        rows = layout.adapter_of_row if len(args[0]) == len(layout.adapter_of_row) else layout.adapters
+        return args, {**kwargs, "adapter_names": ["__base__" if name is None else name for name in rows]}
+
+    with ExitStack() as stack:
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer):
+                stack.callback(layer.register_forward_pre_hook(name_rows, with_kwargs=True).remove)
+        yield
 
 
 def remove_idle_lora(model: nn.Module) -> None:
     """Put the backbone's own modules back in place of LoRA layers that no adapter uses any more."""
-    for name, module in list(model.named_modules()):
+    for name, module in reversed(list(model.named_modules())):  # PEFT nests layers around experts
         if isinstance(module, LoraLayer) and not module._get_available_adapters():
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module.base_layer)

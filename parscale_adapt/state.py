@@ -29,14 +29,13 @@ _WRAPPED = ".base_layer"  # where PEFT's LoRA layers keep the backbone's own mod
 def checkpoint_key(key: str, adapter_name: str) -> str:
     """The name in a file of a tensor in the model, for example
     `layers.0.self_attn.parscale.parscale_prefix_k.default.weight` to `layers.0.self_attn.parscale_prefix_k`."""
-    key = key.replace(f"{_WRAPPED}.", ".")
     key, is_shared_lora = re.subn(rf"\.({_SHARED_LORA})\.{re.escape(adapter_name)}(\.weight)?$", r".\1\2", key)
     if is_shared_lora:
         return key
-    host, mark, rest = key.partition(_LAYER_MARK)
+    host, mark, rest = key.replace(f"{_WRAPPED}.", ".").partition(_LAYER_MARK)
     container, _, parameter = rest.partition(f".{adapter_name}.")
     if not mark or not parameter:
-        return key
+        return key.replace(f"{_WRAPPED}.", ".")
     if container == "transform":
         return f"{host}.{PARAMETER_PREFIX}{parameter}"
     name = f"{host}.{PARAMETER_PREFIX}{container}"

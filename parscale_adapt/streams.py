@@ -25,6 +25,12 @@ def unfold_streams_from_heads(states: torch.Tensor, num_streams: int) -> torch.T
     return by_sample.transpose(0, 1).flatten(0, 1)
 
 
+def unfold_streams_of_output(output: torch.Tensor, num_streams: int) -> torch.Tensor:
+    """`[B, T, P * h, d]`, as attention functions return it, to a contiguous `[P * B, T, h, d]`."""
+    by_sample = output.unflatten(2, (num_streams, -1))
+    return by_sample.permute(2, 0, 1, 3, 4).flatten(0, 1).contiguous()
+
+
 def aggregation_features(hidden_states: torch.Tensor, num_streams: int) -> torch.Tensor:
     """The aggregator's input: `[P * B, T, H]` to `[B, T, H * P]`, hidden index major (element `h * P + p`)."""
     by_stream = hidden_states.view(num_streams, -1, *hidden_states.shape[1:])

@@ -8,7 +8,7 @@ from types import MethodType
 
 import torch
 from peft import PeftConfig, functional
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
@@ -23,7 +23,8 @@ from .paged import init_continuous_batching
 from .probe import Backbone, ObservedStates, find_decoder, probe_backbone
 from .projections import ProjectionShape, observe_projections
 from .registration import PARAMETER_PREFIX, register_method
-from .shared_lora import backbone_modules, inject_shared_lora, remove_idle_lora, unwrapped
+from .shared_lora import backbone_modules, inject_shared_lora, lora_by_row, remove_idle_lora, unwrapped
+from .standalone import describe_streams, make_standalone, standalone_classes
 from .start import observe_token_states, streams_off
 from .state import (
     backbone_shapes,
@@ -42,6 +43,7 @@ class ParScaleModel(BaseTuner):
 
     prefix: str = PARAMETER_PREFIX
     tuner_layer_cls = (ParScaleLayer, LoraLayer)  # PEFT only hands it to isinstance
+    _replace_module = LoraModel._replace_module  # knows layers that are nested around experts
 
     @cached_property
     def _backbone(self) -> Backbone:
@@ -138,8 +140,9 @@ class ParScaleModel(BaseTuner):
         config.lora.inference_mode = config.inference_mode
         requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
         try:
-            for layer in inject_shared_lora(model, config.lora, adapter_name, low_cpu_mem_usage):
-                layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+            configs = {name: other.lora for name, other in self.peft_config.items() if other.lora is not None}
+            inject_shared_lora(model, configs, adapter_name, low_cpu_mem_usage)
+            self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         except Exception:
             self._forget(adapter_name)
             raise
@@ -192,12 +195,13 @@ class ParScaleModel(BaseTuner):
             if self._backbone.attention_shapes:
                 for name in (key, *self._backbone.attention_shapes):
                     route_through_streams(self.model.get_submodule(name), target)
-            attended_shapes = frozenset(self._backbone.attention_shapes.values())
-            return DecoderStreams(target, self._backbone.hidden_size, attended_shapes)
+            found = self._backbone
+            return DecoderStreams(target, found.hidden_size, found.attended_layers, found.masks_per_row)
         if key in self._backbone.attention_shapes:
             return AttentionStreams(target, self._backbone.attention_shapes[key])
         self._stream_hooks.append(attach_projection_hook(target))
-        return ProjectionStreams(target, self._projections[key])
+        decoder = self.model.get_submodule(self._backbone.decoder_name)
+        return ProjectionStreams(target, self._projections[key], getattr(decoder, STREAMS_ATTRIBUTE))
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
@@ -262,12 +266,17 @@ class ParScaleModel(BaseTuner):
             return
         streams.adapters_of_batch = [name if name in streams.streams_of else None for name in adapters]
         try:
-            yield
+            with lora_by_row(self.model, lambda: streams.layout):
+                yield
         finally:
             streams.end_mixed_batches()
 
     def unload(self) -> nn.Module:
         """The plain backbone, without any trace of streams."""
+        self._detach_streams()
+        return super().unload()
+
+    def _detach_streams(self) -> None:
         for hook in self.__dict__.pop("_stream_hooks", []):
             hook.remove()
         vars(self.model).pop("init_continuous_batching", None)
@@ -276,21 +285,43 @@ class ParScaleModel(BaseTuner):
         for module in list(self.model.modules()):
             if isinstance(getattr(module, STREAMS_ATTRIBUTE, None), ParScaleLayer):
                 delattr(module, STREAMS_ATTRIBUTE)
-        return super().unload()
 
-    def merge_and_unload(self, *args, **kwargs) -> nn.Module:
-        """Refused for P > 1: several streams can't be folded into the weights of one.
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """One model without PEFT: the backbone, shared LoRA merged into it, in the streams of one adapter.
+
+        With one stream it is the plain backbone. Several streams can't be folded into the weights of one; the backbone
+        then becomes a model that owns them, whose `save_pretrained` writes a checkpoint that loads without this
+        package (`parscale_adapt.standalone`). The backbone's parameters stay the very same tensors.
+
+        Args:
+            progressbar, safe_merge: as in PEFT, for the shared LoRA.
+            adapter_names: the one adapter to keep; the active one by default.
 
         Raises:
-            ValueError: the active adapter has more than one stream.
+            ValueError: several adapters are named, or the backbone can't stand alone; nothing is changed.
         """
-        for name in self.active_adapters:
-            if self.peft_config[name].num_streams > 1:
-                raise ValueError(
-                    f"Adapter {name!r} runs {self.peft_config[name].num_streams} streams, which can't be merged into "
-                    "the weights of one: save it with `save_pretrained` and load it on its backbone."
-                )
-        return self.unload()
+        names = adapter_names or self.active_adapters
+        if len(names) != 1:
+            raise ValueError(f"Streams of one adapter can be merged, got {names}: name one of them.")
+        config = self.peft_config[names[0]]
+        if config.num_streams == 1:
+            self._detach_streams()
+            return super().merge_and_unload(progressbar, safe_merge, names)
+        standalone_classes(self.model)
+        tensors = self._stream_tensors(names[0])
+        projections = {} if config.stream_transform == "prefix" else self._projections
+        self._detach_streams()
+        merged = super().merge_and_unload(progressbar, safe_merge, names)
+        streams = describe_streams(merged, self._backbone, projections, config.to_dict())
+        return make_standalone(merged, streams, tensors)
+
+    def _stream_tensors(self, adapter_name: str) -> dict[str, torch.Tensor]:
+        """The tensors of an adapter's streams by their names in a file, folded, without shared LoRA."""
+        state = fold_reparameterized(self.model, self.model.state_dict(), adapter_name)
+        keys = {key: checkpoint_key(key, adapter_name) for key in expected_adapter_shapes(self.model, adapter_name)}
+        return {name: state[key] for key, name in keys.items() if f".{PARAMETER_PREFIX}" in name}
 
     @classmethod
     def _get_adapter_state_dict(

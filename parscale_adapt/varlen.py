@@ -47,12 +47,16 @@ def put_prefix_before_documents(
     key = torch.cat([prefix_key, key], dim=-2)[:, :, source]
     value = torch.cat([prefix_value, value], dim=-2)[:, :, source]
     behind = starts + num_prefix_tokens * torch.arange(len(starts), device=starts.device, dtype=starts.dtype)
-    return key, value, {
-        **kwargs,
-        "cu_seq_lens_k": behind,
-        "max_length_k": int(kwargs["max_length_k"]) + num_prefix_tokens,
-        "position_ids": None,
-    }
+    return (
+        key,
+        value,
+        {
+            **kwargs,
+            "cu_seq_lens_k": behind,
+            "max_length_k": int(kwargs["max_length_k"]) + num_prefix_tokens,
+            "position_ids": None,
+        },
+    )
 
 
 def _lengths_from_positions(kwargs: dict[str, Any]) -> dict[str, Any]:

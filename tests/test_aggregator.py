@@ -1,8 +1,10 @@
+import math
+
 import pytest
 import torch
 from oracle import mix_by_hand
 
-from parscale_adapt.aggregator import DynamicAggregator
+from parscale_adapt.aggregator import AGGREGATORS, DynamicAggregator, MeanAggregator, StaticAggregator
 
 
 P, B, T, H = 3, 2, 5, 8
@@ -76,3 +78,50 @@ def test_half_precision_states_are_mixed_by_a_float32_aggregator(autocast):
         mixed = aggregator(hidden_states)
     assert mixed.dtype == torch.bfloat16
     torch.testing.assert_close(mixed.float(), mixed_by_hand(aggregator, hidden_states), atol=0.05, rtol=0.05)
+
+
+def static_aggregator():
+    aggregator = StaticAggregator(H, P, smoothing=0.1)
+    aggregator.weight_logits.data = torch.tensor([1.0, -0.5, 0.25])
+    return aggregator
+
+
+def test_static_weights_are_the_same_for_every_token():
+    aggregator, hidden_states = static_aggregator(), torch.randn(P * B, T, H)
+    shares = [math.exp(logit) for logit in (1.0, -0.5, 0.25)]
+    weights = [share / sum(shares) * 0.9 + 0.1 / 3 for share in shares]
+    expected = sum(weight * stream for weight, stream in zip(weights, hidden_states.view(P, B, T, H)))
+    torch.testing.assert_close(aggregator(hidden_states), expected)
+    torch.testing.assert_close(aggregator(hidden_states), mixed_by_hand(aggregator, hidden_states))
+
+
+def test_static_weights_start_equal_and_are_learned():
+    aggregator, hidden_states = StaticAggregator(H, P, smoothing=0.1), torch.randn(P * B, T, H)
+    aggregator.reset_parameters(0.5)
+    torch.testing.assert_close(aggregator(hidden_states), hidden_states.view(P, B, T, H).mean(0))
+    aggregator(hidden_states).square().sum().backward()
+    assert aggregator.weight_logits.grad.all()
+    assert aggregator.weight_logits.grad.sum().item() == pytest.approx(0, abs=1e-3)  # softmax ignores a common shift
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_mean_has_no_parameters(smoothing):
+    aggregator, hidden_states = MeanAggregator(H, P, smoothing), torch.randn(P * B, T, H)
+    aggregator.reset_parameters(0.5)
+    assert not list(aggregator.parameters())
+    torch.testing.assert_close(aggregator(hidden_states), hidden_states.view(P, B, T, H).mean(0))
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_every_aggregator_records_its_weights_and_keeps_the_type_of_the_states(name):
+    aggregator = AGGREGATORS[name](H, P, 0.1)
+    aggregator.reset_parameters(0.5)
+    aggregator.record_weights = True
+    hidden_states = torch.randn(P * B, T, H).bfloat16()
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            mixed = aggregator(hidden_states)
+        assert mixed.dtype == torch.bfloat16
+        assert aggregator.last_weights.dtype == torch.float32
+        assert aggregator.last_weights.shape == (B, T, P)
+        torch.testing.assert_close(aggregator.last_weights.sum(-1), torch.ones(B, T))

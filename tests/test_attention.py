@@ -11,7 +11,7 @@ from transformers.models.llama import modeling_llama
 from parscale_adapt.attention import SUPPORTED_IMPLEMENTATIONS
 from parscale_adapt.decoder import restore_stock_functions, route_through_streams
 from parscale_adapt.layout import UniformLayout
-from parscale_adapt.observer import observe_attention
+from parscale_adapt.observer import AttentionObserver, observe_attention
 from parscale_adapt.prefix import StreamPrefix
 from parscale_adapt.streams import fold_streams_into_heads
 
@@ -133,7 +133,6 @@ def test_another_implementation_chosen_later_reaches_routed_modules():
     assert module.config._attn_implementation == "parscale_eager"
 
 
-
 def test_an_implementation_that_knows_no_streams_is_refused_by_name():
     model = with_streams(tiny_model())
     model.config._attn_implementation_internal = "flash_attention_9"
@@ -155,7 +154,9 @@ def test_a_position_bias_weighs_tokens_and_leaves_the_prefix_alone(rows_of_bias,
     module, (query, key, value) = attention_module(), random_states(5)
     bias = torch.randn(rows_of_bias, HEADS * GROUPS, 5, 5)
     mask = causal(5)[:1, None] if has_mask else None
-    prefix_key, prefix_value = (prefix.weight.repeat_interleave(B, 0) for prefix in (module.parscale.keys, module.parscale.values))
+    prefix_key, prefix_value = (
+        prefix.weight.repeat_interleave(B, 0) for prefix in (module.parscale.keys, module.parscale.values)
+    )
     keys, values = torch.cat([prefix_key, key], 2), torch.cat([prefix_value, value], 2)
     scores = query @ keys.repeat_interleave(GROUPS, 1).transpose(2, 3) / math.sqrt(SIZE)
     scores[..., N:] += bias.masked_fill(~causal(5)[:1, None], -math.inf)
@@ -175,10 +176,21 @@ def test_an_eager_attention_of_unknown_origin_is_refused():
 def test_observers_see_keys_before_the_prefix_and_only_inside_their_block():
     model = with_streams(tiny_model())
     layers = model.get_base_model().model.layers
-    expected, seen = model(random_tokens()).logits, []
-    with model.disable_adapter(), observe_attention(model.get_base_model(), lambda *call: seen.append(call)):
-        model(random_tokens())
-    assert [module for module, key, value in seen] == [layer.self_attn for layer in layers]
-    assert all(states.shape == (2, 2, 9, 8) for module, *pair in seen for states in pair)
+    expected, seen, made = model(random_tokens()).logits, [], []
+
+    class Observer(AttentionObserver):
+        def see_mask(self, mask):
+            made.append(mask)
+
+        def see_attention(self, *call):
+            seen.append(call)
+
+    padded = torch.tensor([[0] * 4 + [1] * 5, [1] * 9])
+    with model.disable_adapter(), observe_attention(model.get_base_model(), Observer()):
+        model(random_tokens(), attention_mask=padded)
+    assert [call[0] for call in seen] == [layer.self_attn for layer in layers]
+    assert all(states.shape == (2, 2, 9, 8) for call in seen for states in call[1:3])
+    assert len(made) == 1
+    assert all(call[3] is made[0] for call in seen)
     assert torch.equal(model(random_tokens()).logits, expected)
     assert len(seen) == 2

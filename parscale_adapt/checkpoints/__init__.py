@@ -1,0 +1,1 @@
+"""Checkpoints in and out: published models, adapters, exports that stand alone."""

@@ -1,0 +1,78 @@
+"""Model cards with the metadata that the hub reads."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from ..version import __version__
+
+
+_PAPER = "[Parallel Scaling Law for Language Models](https://arxiv.org/abs/2505.10475)"
+_US = f"parscale_adapt {__version__}"
+_TAGS = ["parscale", "parallel-scaling", "arxiv:2505.10475"]
+
+
+def adapter_card(source: str, backbone: str | None, num_streams: int) -> ModelCard:
+    """The card of an adapter that was imported from a published checkpoint."""
+    loading = (
+        f'backbone = AutoModelForCausalLM.from_pretrained("{backbone}", dtype="auto")'
+        if backbone
+        else "backbone = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(FOLDER))  # its weights come along"
+    )
+    text = f"""
+# ParScale adapter with {num_streams} streams
+
+Imported from `{source}`, a checkpoint of {_PAPER}, by {_US}.
+
+```python
+import parscale_adapt  # registers the method with PEFT
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM
+
+{loading}
+model = PeftModel.from_pretrained(backbone, FOLDER)
+```
+"""
+    return _card("peft", backbone or source, text)
+
+
+def export_card(backbone: str | None, format: str, num_streams: int) -> ModelCard:
+    """The card of an exported checkpoint."""
+    load = 'AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto"'
+    how = {
+        "standalone": f"model = {load}, trust_remote_code=True)  # runs modeling_parscale.py in this folder",
+        "published": f"import parscale_adapt  # registers the model type\n\nmodel = {load})",
+    }
+    code = f"model = {load})" if num_streams == 1 else how[format]
+    of = f" of `{backbone}`" if backbone else ""
+    text = f"""
+# ParScale model with {num_streams} streams
+
+{num_streams} streams{of} run side by side and are mixed for every token ({_PAPER}). Exported by {_US}.
+
+```python
+from transformers import AutoModelForCausalLM
+
+{code}
+```
+
+`parscale verify FOLDER` compares what the model computes with `reference_logits.safetensors`.
+"""
+    return _card("transformers", backbone, text, **({"custom_code": True} if "trust" in code else {}))
+
+
+def _card(library: str, base_model: str | None, text: str, **metadata: Any) -> ModelCard:
+    # The hub knows its own repositories only.
+    is_hub_name = (
+        base_model is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", base_model) and not Path(base_model).exists()
+    )
+    data = ModelCardData(
+        base_model=base_model if is_hub_name else None,
+        library_name=library,
+        pipeline_tag="text-generation",
+        tags=_TAGS,
+        **metadata,
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
