@@ -22,7 +22,7 @@ from .config_view import STREAMS, stock_config
 from .joined import attend_over_prefix_and_cache
 from .layout import Group, MixedLayout, UniformLayout
 from .streams import unfold_streams_of_output
-from .varlen import is_packed, put_prefix_before_documents
+from .varlen import lengths_of_documents, put_prefix_before_documents
 
 
 SUPPORTED_IMPLEMENTATIONS = (
@@ -208,6 +208,8 @@ def _argument_for_heads(name: str, argument: Any, num_rows: int, layout: Uniform
         return argument
     if name == "s_aux":
         return argument.repeat(layout.num_streams)
+    if argument.dim() < 2:
+        return argument
     if name == "position_bias":
         has_rows = argument.shape[0] == num_rows
         return layout.to_heads(argument) if has_rows else argument.repeat(1, layout.num_streams, 1, 1)
@@ -243,8 +245,9 @@ def _attend_behind_prefix(
         output = attend_over_prefix_and_cache(query, key, value, prefix_key, prefix_value, attention_mask, scaling)
         return output, None
     if implementation.startswith("flash"):
-        _refuse_window(module, key, kwargs)
-        if is_packed(key, attention_mask, kwargs):
+        kwargs = lengths_of_documents(key, attention_mask, kwargs)
+        _refuse_window(key, kwargs)
+        if kwargs.get("cu_seq_lens_k") is not None:
             key, value, kwargs = put_prefix_before_documents(key, value, prefix_key, prefix_value, kwargs)
             return stock(module, query, key, value, None, **kwargs)
     key, value = torch.cat([prefix_key, key], dim=-2), torch.cat([prefix_value, value], dim=-2)
@@ -267,7 +270,7 @@ def _can_join(implementation: str, query: torch.Tensor, attention_mask: Any, kwa
     """Whether scores of prefix and cache can be joined instead of copying the cache behind the prefix."""
     num_queries = query.shape[-2]
     is_decoding = num_queries == 1 or (attention_mask is not None and num_queries <= MAX_JOINED_QUERIES)
-    is_plain = kwargs.get("position_bias") is None and not kwargs.get("dropout")
+    is_plain = kwargs.get("position_bias") is None and kwargs.get("softcap") is None and not kwargs.get("dropout")
     return implementation == "sdpa" and is_decoding and is_plain
 
 
@@ -277,14 +280,13 @@ def _show_prefix(attention_mask: torch.Tensor, num_prefix_tokens: int) -> torch.
     return F.pad(attention_mask, (num_prefix_tokens, 0), value=visible)
 
 
-def _refuse_window(module: Any, key: torch.Tensor, kwargs: dict[str, Any]) -> None:
-    window = kwargs.get("sliding_window")
-    if window is not None and key.shape[-2] > window:
+def _refuse_window(key: torch.Tensor, kwargs: dict[str, Any]) -> None:
+    window, longest = kwargs.pop("sliding_window", None), kwargs.get("max_length_k") or key.shape[-2]
+    if window is not None and longest > window:
         raise ValueError(
-            f"Flash attention can't show a prefix to a token behind its sliding window of {window} tokens, got "
-            f'{key.shape[-2]}: load the backbone with `attn_implementation="sdpa"` or "flex_attention".'
+            f"Flash attention can't show a prefix to tokens behind its sliding window of {window} tokens, got "
+            f'{longest}: load the backbone with `attn_implementation="sdpa"` or "flex_attention".'
         )
-    kwargs.pop("sliding_window", None)
 
 
 for _implementation in SUPPORTED_IMPLEMENTATIONS:

@@ -99,12 +99,9 @@ def joined_code(names: ClassNames, sources: Mapping[str, str], version: str) -> 
         modules=", ".join(modules),
     )
     header = "\n".join(textwrap.fill(line, _LINE_LENGTH) for line in header.splitlines())
-    parts = [f"{header}\n\n{_import_lines(imports)}", *bodies, f"{_rule('this checkpoint')}\n\n\n{_classes(names)}"]
+    classes = _CLASSES.format(**vars(names))
+    parts = [f"{header}\n\n{_import_lines(imports)}", *bodies, f"{_rule('this checkpoint')}\n\n\n{classes}"]
     return "\n\n\n".join(part.strip("\n") for part in parts) + "\n"
-
-
-def _classes(names: ClassNames) -> str:
-    return _CLASSES.format(**vars(names))
 
 
 def _modules_in_order() -> dict[str, ast.Module]:
@@ -129,17 +126,17 @@ def _absolute_imports(module: str, tree: ast.Module) -> Iterator[tuple[str, str]
     for node in ast.walk(tree):
         if not isinstance(node, ast.Import | ast.ImportFrom):
             continue
-        aliases = [alias for alias in node.names if alias.asname]
-        is_relative = isinstance(node, ast.ImportFrom) and node.level > 0
-        if node not in tree.body or (is_relative and (aliases or not node.module or node.level > 1)):
+        level, source = (node.level, node.module) if isinstance(node, ast.ImportFrom) else (0, None)
+        is_renamed = any(alias.asname for alias in node.names)
+        if node not in tree.body or level > 1 or (level == 1 and (is_renamed or source is None)):
             raise ValueError(
                 f"{module}.py, line {node.lineno}: an import that can't be joined to one file; import plain names of a "
                 "neighbouring module, at the top."
             )
-        if isinstance(node, ast.Import):
+        if source is None:
             yield "", ast.unparse(node)
-        elif not is_relative:
-            yield from ((node.module or "", ast.unparse(alias)) for alias in node.names)
+        elif level == 0:
+            yield from ((source, ast.unparse(alias)) for alias in node.names)
 
 
 def _clashing_private_names(modules: Mapping[str, ast.Module]) -> dict[str, list[str]]:
@@ -208,8 +205,7 @@ def _import_statement(module: str, names: list[str]) -> str:
 
 def _import_lines(imports: Mapping[str, set[str]]) -> str:
     """The imports of all modules, those of the standard library first."""
-    statements = {statement.split()[1].partition(".")[0]: statement for statement in imports.get("", ())}
-    lines = list(statements.items())
+    lines = [(statement.split()[1].partition(".")[0], statement) for statement in imports.get("", ())]
     for module, names in imports.items():
         if module:
             lines.append((module.partition(".")[0], _import_statement(module, sorted(names))))

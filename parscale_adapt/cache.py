@@ -4,7 +4,6 @@ The cache keeps batch B, so reordering beams, repeating, selecting, cropping and
 """
 
 from collections.abc import Callable, Set
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -92,10 +91,14 @@ def _describe(owner: CacheOwner) -> str:
     return "the plain backbone" if owner is None else f"the adapter {owner!r}"
 
 
-@lru_cache
+_view_classes: dict[type, type] = {}  # not `lru_cache`, of which torch.compile warns
+
+
 def _view_class(cache_class: type) -> type:
-    namespace = {"__slots__": ("attended_layers", "layout", "viewed"), "__module__": __name__}
-    return type(f"StreamView{cache_class.__name__}", (_StreamFolding, cache_class), namespace)
+    if cache_class not in _view_classes:
+        namespace = {"__slots__": ("attended_layers", "layout", "viewed"), "__module__": __name__}
+        _view_classes[cache_class] = type(f"StreamView{cache_class.__name__}", (_StreamFolding, cache_class), namespace)
+    return _view_classes[cache_class]
 
 
 def stream_view(cache: Cache, layout: StreamLayout, attended_layers: Set[int]) -> _StreamFolding:

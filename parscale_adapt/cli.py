@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import typer
 
+from parscale_adapt.commands.chat import chat
 from parscale_adapt.commands.cost import cost
 from parscale_adapt.commands.diagnose import diagnose
 from parscale_adapt.commands.export import export
@@ -17,6 +18,7 @@ from parscale_adapt.commands.fit_law import fit_law
 from parscale_adapt.commands.import_checkpoint import import_checkpoint
 from parscale_adapt.commands.inspect import inspect
 from parscale_adapt.commands.predict import predict
+from parscale_adapt.commands.serve import serve
 from parscale_adapt.commands.verify import verify
 
 
@@ -29,7 +31,11 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "export": export,
     "verify": verify,
     "inspect": inspect,
+    "chat": chat,
+    "serve": serve,
 }
+# Commands that hand options which they don't know over to another program.
+HANDING_OVER = {"serve"}
 
 app = typer.Typer(
     name="parscale",
@@ -40,7 +46,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for _name, _command in COMMANDS.items():
-    app.command(_name)(_command)
+    _hands_over = _name in HANDING_OVER
+    _settings = {"allow_extra_args": _hands_over, "ignore_unknown_options": _hands_over}
+    app.command(_name, context_settings=_settings)(_command)
 
 
 @app.callback()

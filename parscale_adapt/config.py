@@ -107,7 +107,7 @@ class ParScaleArguments:
             if transform != self.stream_transform and value != defaults[name]:
                 raise ValueError(
                     f"`{name}` belongs to `stream_transform={transform!r}`, got {value!r} with "
-                    f"`stream_transform={self.stream_transform!r}`: leave it out."
+                    f"`stream_transform={self.stream_transform!r}`: leave it at {defaults[name]!r}."
                 )
 
 

@@ -7,6 +7,7 @@ out; names of modules in it are relative to the base model, `""` is the base mod
   `num_prefix_tokens` (0 without prefixes) or `stream_lora_rank` and `stream_lora_alpha`;
 - `decoder`, the module whose output is aggregated, and its `hidden_size`;
 - `attention_shapes`: key-value heads, key size and value size of every attention module;
+- `attended_layers` and `masks_per_row`, as in [`parscale_adapt.decoder`];
 - `projection_shapes`: input and output size of every linear layer in which streams differ.
 """
 
@@ -81,7 +82,9 @@ class _Initialized(nn.Module):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, Aggregator | StreamPrefix | StreamLora | StreamBias):
+        # transformers marks what it has read. Its guard would not see the mark in slices of a parameter.
+        was_read = all(getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters())
+        if isinstance(module, Aggregator | StreamPrefix | StreamLora | StreamBias) and not was_read:
             module.reset_parameters(_INIT_STD)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
@@ -154,7 +157,8 @@ def _add_transform(linear: nn.Module, args: tuple[torch.Tensor], output: torch.T
 
 def inherit_weight_names(config_class: type[PreTrainedConfig], *model_classes: type[PreTrainedModel]) -> None:
     """Let transformers convert tensor names and layouts of these classes as it does for those that they derive from."""
-    pairs = [(config_class.model_type, config_class.__base__.model_type)]
+    stock_config: Any = config_class.__base__
+    pairs = [(config_class.model_type, stock_config.model_type)]
     pairs += [(model_class.__name__, model_class.__bases__[-1].__name__) for model_class in model_classes]
     for name, stock_name in pairs:
         conversions = get_checkpoint_conversion_mapping(stock_name)

@@ -61,7 +61,8 @@ def standalone_classes(model: PreTrainedModel) -> StandaloneClasses:
             "A standalone checkpoint needs a backbone in full precision, got a quantized one: load the backbone without "
             "quantization, and the adapter on it."
         )
-    return _derived_classes(type(model.config), type(model.base_model), type(model))
+    stock: Any = (type(model.config), type(model.base_model), type(model))
+    return _derived_classes(*stock)
 
 
 @lru_cache

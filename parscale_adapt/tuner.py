@@ -279,7 +279,7 @@ class ParScaleModel(BaseTuner):
     def _detach_streams(self) -> None:
         for hook in self.__dict__.pop("_stream_hooks", []):
             hook.remove()
-        vars(self.model).pop("init_continuous_batching", None)
+        self.model.__dict__.pop("init_continuous_batching", None)
         for name in (self._backbone.decoder_name, *self._backbone.attention_shapes):
             restore_stock_functions(self.model.get_submodule(name))
         for module in list(self.model.modules()):
@@ -300,11 +300,13 @@ class ParScaleModel(BaseTuner):
             adapter_names: the one adapter to keep; the active one by default.
 
         Raises:
-            ValueError: several adapters are named, or the backbone can't stand alone; nothing is changed.
+            ValueError: not one adapter is named, or the backbone can't stand alone; nothing is changed then.
         """
         names = adapter_names or self.active_adapters
-        if len(names) != 1:
-            raise ValueError(f"Streams of one adapter can be merged, got {names}: name one of them.")
+        if len(names) != 1 or names[0] not in self.peft_config:
+            raise ValueError(
+                f"Streams of one loaded adapter can be merged, got {names}: name one of {sorted(self.peft_config)}."
+            )
         config = self.peft_config[names[0]]
         if config.num_streams == 1:
             self._detach_streams()

@@ -5,14 +5,36 @@ from typing import Any
 import torch
 
 
-def is_packed(key: torch.Tensor, attention_mask: torch.Tensor | None, kwargs: dict[str, Any]) -> bool:
-    """Whether several documents lie in one row, told by lengths (`cu_seq_lens_k`) or by restarting positions."""
-    if kwargs.get("cu_seq_lens_k") is not None:
-        return True
+_LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+def lengths_of_documents(
+    key: torch.Tensor, attention_mask: torch.Tensor | None, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Add the lengths of the documents that lie in one row, where positions tell them by starting again.
+
+    Args:
+        key: `[B, heads, S, key_size]`.
+        attention_mask: `[B, S]` where tokens are padded; flash attention then goes by the mask alone.
+        kwargs: of the attention call; lengths that it has already are kept.
+
+    Returns:
+        `kwargs`, with `cu_seq_lens_q` and `cu_seq_lens_k` `[num_documents + 1]` and the longest lengths if, and only if,
+        several documents lie in one row.
+    """
+    if attention_mask is not None:
+        return {name: value for name, value in kwargs.items() if name not in _LENGTHS}
     positions = kwargs.get("position_ids")
-    if positions is None or attention_mask is not None or key.shape[0] > 1 or key.shape[-2] != positions.shape[-1]:
-        return False
-    return bool((positions[..., 1:] <= positions[..., :-1]).any())
+    if kwargs.get("cu_seq_lens_k") is not None or positions is None or key.shape[0] > 1:
+        return dict(kwargs)
+    positions = positions.flatten()
+    restarts = (positions[1:] <= positions[:-1]).nonzero().flatten() + 1
+    if len(restarts) == 0 or len(positions) != key.shape[-2]:
+        return dict(kwargs)
+    ends = restarts.new_tensor([len(positions)])
+    starts = torch.cat([restarts.new_zeros(1), restarts, ends]).to(torch.int32)
+    longest = int(starts.diff().max())
+    return {**kwargs, **dict(zip(_LENGTHS, (starts, starts, longest, longest)))}
 
 
 def put_prefix_before_documents(
@@ -22,49 +44,30 @@ def put_prefix_before_documents(
     prefix_value: torch.Tensor,
     kwargs: dict[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-    """Give every document its own copy of the prefix.
+    """Give every document its own copy of the prefix; nothing is read back from the device.
 
     Args:
-        key, value: `[1, heads, S, size]`, the documents one after the other.
+        key, value: `[1, heads, S, size]`, the documents one after the other; what follows the last one stays behind it.
         prefix_key, prefix_value: `[1, heads, n, size]`.
-        kwargs: of the attention call, with `cu_seq_lens_q` and `cu_seq_lens_k` `[num_documents + 1]` and maximal
-            lengths, or with `position_ids` `[1, S]`.
+        kwargs: of the attention call, with the lengths of [`lengths_of_documents`].
 
     Returns:
         Keys and values `[1, heads, S + num_documents * n, size]`, and the keyword arguments with these lengths.
     """
-    num_prefix_tokens = prefix_key.shape[-2]
-    kwargs = {**_lengths_from_positions(kwargs), **kwargs}
-    starts = kwargs["cu_seq_lens_k"]
-    lengths = starts.diff()
-    document_of_token = torch.repeat_interleave(torch.arange(len(lengths), device=starts.device), lengths)
-    tokens = torch.arange(int(starts[-1]), device=starts.device)
-    source = torch.empty(len(tokens) + num_prefix_tokens * len(lengths), dtype=torch.long, device=starts.device)
-    source[tokens + num_prefix_tokens * (document_of_token + 1)] = tokens + num_prefix_tokens
-    ranks = torch.arange(num_prefix_tokens, device=starts.device)
-    first = starts[:-1] + num_prefix_tokens * torch.arange(len(lengths), device=starts.device)
-    source[(first[:, None] + ranks).flatten()] = ranks.repeat(len(lengths))
+    num_prefix_tokens, num_tokens, starts = prefix_key.shape[-2], key.shape[-2], kwargs["cu_seq_lens_k"]
+    num_documents = len(starts) - 1
+    tokens = torch.arange(num_tokens, device=key.device)
+    ranks = torch.arange(num_prefix_tokens, device=key.device)
+    num_started = torch.searchsorted(starts[:-1].long(), tokens, right=True)
+    added = num_prefix_tokens * torch.arange(num_documents + 1, device=key.device, dtype=starts.dtype)
+    source = tokens.new_empty(num_tokens + num_documents * num_prefix_tokens)
+    source[tokens + num_prefix_tokens * num_started] = tokens + num_prefix_tokens
+    source[(starts + added)[:-1, None] + ranks] = ranks
     key = torch.cat([prefix_key, key], dim=-2)[:, :, source]
     value = torch.cat([prefix_value, value], dim=-2)[:, :, source]
-    behind = starts + num_prefix_tokens * torch.arange(len(starts), device=starts.device, dtype=starts.dtype)
-    return (
-        key,
-        value,
-        {
-            **kwargs,
-            "cu_seq_lens_k": behind,
-            "max_length_k": int(kwargs["max_length_k"]) + num_prefix_tokens,
-            "position_ids": None,
-        },
-    )
-
-
-def _lengths_from_positions(kwargs: dict[str, Any]) -> dict[str, Any]:
-    if kwargs.get("cu_seq_lens_k") is not None:
-        return {}
-    positions = kwargs["position_ids"].flatten()
-    restarts = (positions[1:] <= positions[:-1]).nonzero().flatten() + 1
-    ends = restarts.new_tensor([len(positions)])
-    starts = torch.cat([restarts.new_zeros(1), restarts, ends]).to(torch.int32)
-    longest = int(starts.diff().max())
-    return {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
+    return key, value, {
+        **kwargs,
+        "cu_seq_lens_k": starts + added,
+        "max_length_k": kwargs["max_length_k"] + num_prefix_tokens,
+        "position_ids": None,
+    }

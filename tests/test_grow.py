@@ -3,6 +3,7 @@ import itertools
 
 import pytest
 import torch
+from descent import descend, logits, stirred
 from oracle import logits_by_hand
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from tiny_models import random_tokens, tiny_model
@@ -21,20 +22,12 @@ def trained(num_streams=2, backbone=None, **fields):
     if fields.get("stream_transform", "prefix") == "prefix":
         fields = {"num_prefix_tokens": 3, **fields}
     config = ParScaleConfig(task_type="CAUSAL_LM", num_streams=num_streams, init_std=0.5, **fields)
-    model = get_peft_model(tiny_model() if backbone is None else backbone, config, "small").eval()
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model
+    return stirred(get_peft_model(tiny_model() if backbone is None else backbone, config, "small"), 0.1)
 
 
-@torch.no_grad()
-def logits(model, adapter=None):
-    if adapter is not None:
-        model.set_adapter(adapter)
-    return model(input_ids=random_tokens()).logits
+def logits_of(model, adapter):
+    model.set_adapter(adapter)
+    return logits(model)
 
 
 def file_tensors(model, adapter):
@@ -55,7 +48,7 @@ def test_without_perturbation_the_function_is_the_same(transform, aggregator, nu
     grow_streams(model, "small", "large", 2 * num_copies, perturbation=0.0)
     assert model.active_adapters == ["small"]
     assert torch.equal(logits(model), expected)
-    torch.testing.assert_close(logits(model, "large"), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits_of(model, "large"), expected, atol=1e-5, rtol=1e-5)
     assert model.peft_config["large"].num_streams == model.peft_config["small"].num_streams * num_copies
     torch.testing.assert_close(logits_by_hand(model, input_ids=random_tokens()), expected, atol=1e-4, rtol=1e-4)
 
@@ -74,45 +67,26 @@ def test_a_small_perturbation_sets_copies_apart_and_hardly_changes_the_function(
             distance = (each - tensor).square().mean().sqrt() / tensor.square().mean().sqrt()
             assert distance.item() == pytest.approx(0.01, rel=0.4), name
         assert not torch.equal(*copies)
-    change = (logits(model, "large") - expected).abs().max()
+    change = (logits_of(model, "large") - expected).abs().max()
     assert 0 < change < 0.1
     assert change < 0.1 * (expected - logits(tiny_model())).abs().max()
 
 
-def steps(model, num_steps=3):
-    model.train()
-    losses = []
-    for _ in range(num_steps):
-        model.zero_grad()
-        loss = model(input_ids=random_tokens(), labels=random_tokens()).loss
-        loss.backward()
-        losses.append(loss.item())
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter -= 0.1 * parameter.grad
-    return losses
-
-
+@pytest.mark.parametrize("perturbation", [0.0, 0.01])
 @pytest.mark.parametrize("transform", STREAM_TRANSFORMS)
-def test_perturbed_copies_drift_apart_in_training_and_exact_ones_do_not(transform):
-    distances = {}
-    for perturbation in (0.0, 0.01):
-        model = trained(stream_transform=transform)
-        grow_streams(model, "small", "large", 4, perturbation)
-        model.set_adapter("large")
+def test_perturbed_copies_drift_apart_in_training_and_exact_ones_do_not(transform, perturbation):
+    model = trained(stream_transform=transform)
+    grow_streams(model, "small", "large", 4, perturbation)
+    model.set_adapter("large")
 
-        def distance(model=model):
-            tensors = by_stream(file_tensors(model, "large")).values()
-            return max((tensor[2:] - tensor[:2]).abs().max().item() for tensor in tensors)
+    def gaps():
+        return [tensor[2:] - tensor[:2] for tensor in by_stream(file_tensors(model, "large")).values()]
 
-        before = distance()
-        losses = steps(model, 8)
-        assert losses[-1] < losses[0]
-        distances[perturbation] = (before, distance())
-    assert distances[0.0][0] == 0
-    assert distances[0.0][1] < 1e-6
-    assert abs(distances[0.01][1] - distances[0.01][0]) > 1e-6
+    before = gaps()
+    results = descend(model, 8)
+    assert results[-1][0] < results[0][0]
+    drift = max((now - then).abs().max().item() for now, then in zip(gaps(), before))
+    assert drift < 1e-6 if perturbation == 0 else drift > 1e-5
 
 
 def test_only_the_named_adapter_trains_afterwards_and_the_old_one_stays():
@@ -125,7 +99,7 @@ def test_only_the_named_adapter_trains_afterwards_and_the_old_one_stays():
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {
         name for name, _ in model.named_parameters() if ".large." in name
     }
-    steps(model)
+    descend(model, 3)
     after = file_tensors(model, "small")
     assert all(torch.equal(after[name], before[name]) for name in before)
 
@@ -133,7 +107,7 @@ def test_only_the_named_adapter_trains_afterwards_and_the_old_one_stays():
 def test_a_grown_adapter_is_saved_and_loaded_alone(tmp_path):
     model = trained()
     grow_streams(model, "small", "large", 8)
-    expected = logits(model, "large")
+    expected = logits_of(model, "large")
     model.save_pretrained(tmp_path, selected_adapters=["large"])
     reloaded = PeftModel.from_pretrained(tiny_model(), tmp_path / "large")
     assert reloaded.peft_config["default"].num_streams == 8
@@ -146,7 +120,8 @@ def test_an_adapter_that_was_loaded_for_inference_grows_into_one_that_trains(tmp
     grow_streams(model, "small", "large", 4)
     model.set_adapter("large")
     assert not model.peft_config["large"].inference_mode
-    assert steps(model, 5)[-1] < steps(model, 1)[0] + 1
+    results = descend(model, 6)
+    assert results[-1][0] < results[0][0]
     assert all(p.requires_grad == (".large." in name) for name, p in model.named_parameters())
 
 
@@ -155,7 +130,7 @@ def test_whatever_prefixes_started_from_they_grow_as_plain_ones(start):
     model = trained(init_weights=start)
     expected = logits(model)
     grow_streams(model, "small", "large", 4, perturbation=0.0)
-    torch.testing.assert_close(logits(model, "large"), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits_of(model, "large"), expected, atol=1e-5, rtol=1e-5)
     assert all(
         name.endswith(".weight") for name, _ in model.named_parameters() if "prefix" in name and ".large." in name
     )
@@ -168,9 +143,9 @@ def test_shared_lora_and_saved_modules_are_copied(fields):
     expected = logits(model)
     grow_streams(model, "small", "large", 4, perturbation=0.0)
     assert torch.equal(logits(model), expected)
-    torch.testing.assert_close(logits(model, "large"), expected, atol=1e-5, rtol=1e-5)
-    steps(model)
-    torch.testing.assert_close(logits(model.eval(), "small"), expected)
+    torch.testing.assert_close(logits_of(model, "large"), expected, atol=1e-5, rtol=1e-5)
+    descend(model, 3)
+    torch.testing.assert_close(logits_of(model.eval(), "small"), expected)
 
 
 @pytest.mark.parametrize("inference", [False, True])
@@ -184,7 +159,7 @@ def test_a_trained_backbone_is_handed_over(tmp_path, inference):
     assert list(model.peft_config) == model.active_adapters == ["large"]
     torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
     assert all(parameter.requires_grad for parameter in model.parameters())
-    steps(model)
+    descend(model, 3)
     model.save_pretrained(tmp_path / "again")
     reloaded = PeftModel.from_pretrained(tiny_model(), tmp_path / "again" / "large")
     assert torch.equal(logits(reloaded), logits(model.eval()))
@@ -195,7 +170,7 @@ def test_other_backbones_grow_too(model_type):
     model = trained(backbone=tiny_model(model_type, "eager"), stream_transform="lora")
     expected = logits(model)
     grow_streams(model, "small", "large", 4, perturbation=0.0)
-    torch.testing.assert_close(logits(model, "large"), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits_of(model, "large"), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

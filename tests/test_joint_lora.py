@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from descent import descend, logits, stirred
 from oracle import logits_by_hand
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
@@ -32,16 +33,6 @@ def config(num_streams, **fields):
     return ParScaleConfig(task_type="CAUSAL_LM", num_streams=num_streams, init_std=0.5, **fields)
 
 
-@torch.no_grad()
-def stirred(model, size=0.2):
-    """As after training: everything that is trained has moved."""
-    generator = torch.Generator().manual_seed(5)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * size)
-    return model.eval()
-
-
 def joint(num_streams=2, model_type="qwen2", implementation="sdpa", **fields):
     torch.manual_seed(1)
     fields = {"lora": lora_fields(model_type), **fields}
@@ -50,11 +41,6 @@ def joint(num_streams=2, model_type="qwen2", implementation="sdpa", **fields):
 
 def close(result, expected):
     torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
-
-
-@torch.no_grad()
-def logits(model, **inputs):
-    return model(**(inputs or {"input_ids": random_tokens()})).logits
 
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"rank_pattern": {".*": 2}}, {"lora_dropout": 0.5}])
@@ -128,21 +114,6 @@ def test_cached_decoding_gives_the_tokens_of_uncached_decoding(num_streams):
         assert torch.equal(found, by_hand[:, : found.shape[1]])
 
 
-def steps(model, num_steps=6):
-    model.train()
-    losses = []
-    for _ in range(num_steps):
-        model.zero_grad()
-        loss = model(input_ids=random_tokens(), labels=random_tokens()).loss
-        loss.backward()
-        losses.append(loss.item())
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter -= 0.05 * parameter.grad
-    return losses
-
-
 @pytest.mark.parametrize(
     "fields",
     [
@@ -155,7 +126,7 @@ def steps(model, num_steps=6):
 )
 def test_lora_and_streams_are_trained_together(fields):
     model = joint(2, **fields)
-    losses = steps(model)
+    losses = [loss for loss, _ in descend(model, 6)]
     assert losses[-1] < losses[0] - 0.01
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {n for n, _ in model.named_parameters() if "parscale" in n or ".lora_" in n}
@@ -170,7 +141,8 @@ def test_lora_and_streams_are_trained_together(fields):
 def test_gradient_checkpointing_changes_nothing(fields):
     plain, model = stirred(joint(2, **fields)), stirred(joint(2, **fields))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    assert steps(model) == pytest.approx(steps(plain), abs=1e-5)
+    expected = [loss for loss, _ in descend(plain, 6)]
+    assert [loss for loss, _ in descend(model, 6)] == pytest.approx(expected, abs=1e-5)
     for (name, found), expected in zip(model.named_parameters(), plain.parameters()):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5, msg=name)
 
@@ -191,7 +163,7 @@ def test_they_are_saved_in_one_file_under_the_names_of_peft(tmp_path, fields, lo
     close(logits(reloaded), logits(model))
     assert not any(p.requires_grad for name, p in reloaded.named_parameters() if ".lora_" in name)
     again = PeftModel.from_pretrained(tiny_model(), tmp_path, is_trainable=True)
-    steps(again)
+    descend(again, 2)
     again.save_pretrained(tmp_path / "again")
     assert set(load_file(tmp_path / "again" / "adapter_model.safetensors")) == names
 
@@ -390,3 +362,13 @@ def test_a_half_precision_backbone_gets_float32_weights():
     assert logits(model).dtype == torch.bfloat16
     expected = stirred(joint(2), 0.05)
     assert torch.cosine_similarity(logits(model).float().flatten(), logits(expected).flatten(), 0) > 0.99
+
+
+def test_adding_an_adapter_trains_nothing_that_was_frozen(tmp_path):
+    stirred(joint(2)).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(tiny_model(), tmp_path)
+    norm = model.get_base_model().model.norm.weight.requires_grad_(True)  # a choice of the user's
+    model.add_adapter("other", config(1, lora=lora_fields()))
+    assert [parameter for parameter in model.parameters() if parameter.requires_grad] == [norm]
+    model.set_adapter("other")
+    assert all(p.requires_grad == (".other." in n or p is norm) for n, p in model.named_parameters())

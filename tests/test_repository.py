@@ -14,9 +14,12 @@ SCRIPTS = sorted(path for folder in ("recipes", "benchmarks") for path in (ROOT 
 
 # Every core module may import those before it. `qwen2_parscale` stands beside the PEFT method.
 CORE = (
+    "version",
+    "bundle",
     "streams",
     "aggregator",
     "prefix",
+    "transforms",
     "layout",
     "config_view",
     "joined",
@@ -26,18 +29,24 @@ CORE = (
     "cache",
     "decoder",
     "paged",
+    "modeling",
     "observer",
     "probe",
+    "standalone",
     "fingerprint",
+    "projections",
     "registration",
+    "shared_lora",
     "config",
     "layers",
+    "linear_layers",
     "start",
     "state",
     "tuner",
+    "grow",
     "qwen2_parscale",
 )
-WITHOUT_PEFT = CORE[: CORE.index("fingerprint") + 1]
+WITHOUT_PEFT = CORE[: CORE.index("registration")]
 MAX_LINES_PER_FILE, MAX_LINES_PER_FUNCTION = 400, 70
 
 

@@ -1,8 +1,10 @@
 import itertools
 import json
+import math
 
 import pytest
 import torch
+from descent import descend, logits, stirred
 from oracle import logits_by_hand
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -12,6 +14,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 from parscale_adapt import ParScaleConfig
 from parscale_adapt.aggregator import AGGREGATORS
+from parscale_adapt.analysis.stream_states import find_layers
 from parscale_adapt.config import STREAM_TRANSFORMS
 from parscale_adapt.projections import observe_projections
 from parscale_adapt.shared_lora import backbone_modules
@@ -27,16 +30,6 @@ def config(num_streams=2, **fields):
     return ParScaleConfig(task_type="CAUSAL_LM", num_streams=num_streams, init_std=0.5, **fields)
 
 
-@torch.no_grad()
-def stirred(model, size=0.3):
-    """As after training: everything that is trained has moved, each stream its own way."""
-    generator = torch.Generator().manual_seed(5)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * size)
-    return model.eval()
-
-
 def streams_on(backbone, num_streams=3, **fields):
     torch.manual_seed(1)
     return get_peft_model(backbone, config(num_streams, **fields)).eval()
@@ -44,11 +37,6 @@ def streams_on(backbone, num_streams=3, **fields):
 
 def close(result, expected):
     torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
-
-
-@torch.no_grad()
-def logits(model, **inputs):
-    return model(**(inputs or {"input_ids": random_tokens()})).logits
 
 
 def test_low_rank_weights_are_those_of_every_stream():
@@ -95,7 +83,7 @@ def test_streams_equal_one_forward_per_stream_with_edited_weights(model_type, tr
 @pytest.mark.parametrize("transform", ON_LINEARS)
 @pytest.mark.parametrize("model_type", UNREACHABLE)
 def test_backbones_without_reachable_attention_run_in_streams(model_type, transform):
-    backbone = tiny_model(model_type, "eager")
+    backbone = tiny_model(model_type, "eager").requires_grad_(False)  # torch's convolution rounds otherwise if trained
     plain = logits(backbone)
     model = stirred(streams_on(backbone, stream_transform=transform))
     expected = logits_by_hand(model, model_type, implementation="eager", input_ids=random_tokens())
@@ -151,6 +139,19 @@ def test_packed_documents_do_not_see_each_other(transform):
     close(packed, torch.cat([logits_by_hand(model, input_ids=document) for document in documents], 1))
 
 
+@pytest.mark.parametrize("transform", ON_LINEARS)
+def test_masks_leave_no_room_for_a_prefix(transform):
+    """flex_attention builds its masks before any layer runs; a prefix adapter on the same backbone has another n."""
+    model = streams_on(tiny_model(), stream_transform=transform)
+    model.add_adapter("prefixes", config(2, num_prefix_tokens=3))
+    model.set_attn_implementation("flex_attention")
+    with torch.compiler.set_stance("force_eager"):
+        for name in ("default", "prefixes", "default"):
+            model.set_adapter(name)
+            stirred(model)
+            close(logits(model), logits_by_hand(model, input_ids=random_tokens()))
+
+
 @pytest.mark.parametrize("num_beams", [1, 3])
 @pytest.mark.parametrize(("transform", "aggregator"), COMBINATIONS)
 def test_cached_decoding_gives_the_tokens_of_uncached_decoding(transform, aggregator, num_beams):
@@ -172,33 +173,12 @@ def test_cached_decoding_works_on_other_backbones(model_type, transform):
     assert torch.equal(model.generate(**options), model.generate(**options, use_cache=False))
 
 
-def batch():
-    input_ids = random_tokens(3, 9)
-    return {"input_ids": input_ids, "labels": input_ids}
-
-
-def steps(model, num_steps, learning_rate=0.05):
-    """Losses and gradients of some steps of gradient descent."""
-    model.train()
-    results = []
-    for _ in range(num_steps):
-        model.zero_grad()
-        loss = model(**batch()).loss
-        loss.backward()
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        results.append((loss.item(), {name: p.grad.clone() for name, p in trained.items()}))
-        with torch.no_grad():
-            for parameter in trained.values():
-                parameter -= learning_rate * parameter.grad
-    return results
-
-
 @pytest.mark.parametrize("train_backbone", [False, True])
 @pytest.mark.parametrize(("transform", "aggregator"), COMBINATIONS)
 def test_every_combination_trains(transform, aggregator, train_backbone):
     model = streams_on(tiny_model(), stream_transform=transform, aggregator=aggregator, train_backbone=train_backbone)
     names = {name for name, _ in model.named_parameters()}
-    results = steps(model, 6)
+    results = descend(model, 6)
     losses, gradients = [loss for loss, _ in results], results[-1][1]
     assert losses[-1] < losses[0] - 0.01
     assert set(gradients) == {name for name in names if train_backbone or "parscale" in name}
@@ -211,7 +191,7 @@ def test_every_combination_trains(transform, aggregator, train_backbone):
 @pytest.mark.parametrize("transform", ON_LINEARS)
 def test_streams_drift_apart_from_the_first_step_on(transform):
     model = streams_on(tiny_model(), stream_transform=transform)
-    steps(model, 2)
+    descend(model, 2)
     for name, parameter in model.named_parameters():
         if "parscale_transform" in name:
             assert len({tuple(stream.flatten().tolist()) for stream in parameter}) == 3, name
@@ -222,10 +202,10 @@ def test_streams_drift_apart_from_the_first_step_on(transform):
 @pytest.mark.parametrize(("transform", "aggregator"), [("lora", "static"), ("bitfit", "mean"), ("prefix", "static")])
 def test_gradient_checkpointing_changes_no_loss_and_no_gradient(transform, aggregator, model_type, use_reentrant):
     fields = {"stream_transform": transform, "aggregator": aggregator}
-    expected = steps(stirred(streams_on(tiny_model(model_type), **fields)), 2)
+    expected = descend(stirred(streams_on(tiny_model(model_type), **fields)), 2)
     model = stirred(streams_on(tiny_model(model_type), **fields))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
-    for (loss, gradients), (expected_loss, expected_gradients) in zip(steps(model, 2), expected):
+    for (loss, gradients), (expected_loss, expected_gradients) in zip(descend(model, 2), expected):
         assert loss == pytest.approx(expected_loss, abs=1e-5)
         for name, gradient in expected_gradients.items():
             torch.testing.assert_close(gradients[name], gradient, atol=1e-5, rtol=1e-5, msg=name)
@@ -336,7 +316,7 @@ def test_a_backbone_without_any_linear_layer_to_use_is_refused():
         ),
         (
             {"stream_transform": "bitfit", "init_weights": "reparameterized"},
-            "`init_weights` belongs to .* got 'reparameterized' with `stream_transform='bitfit'`: leave it out",
+            "`init_weights` belongs to .* got 'reparameterized' with `stream_transform='bitfit'`: leave it at 'normal'",
         ),
         ({"stream_transform": "lora", "num_prefix_tokens": 3}, "`num_prefix_tokens` belongs to .* got 3 with"),
         ({"stream_lora_rank": 4}, "`stream_lora_rank` belongs to `stream_transform='lora'`, got 4 with"),
@@ -348,6 +328,24 @@ def test_a_backbone_without_any_linear_layer_to_use_is_refused():
 )
 def test_fields_of_another_transform_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
+        ParScaleConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "rule"),
+    [
+        ("stream_transform", "suffix", "must be one of prefix, lora, bitfit, got 'suffix'"),
+        ("stream_transform", None, "must be one of prefix, lora, bitfit, got None"),
+        ("aggregator", "median", "must be one of dynamic, static, mean, got 'median'"),
+        ("stream_lora_rank", 0, "must be an integer of at least 1, got 0"),
+        ("stream_lora_rank", 2.0, r"must be an integer of at least 1, got 2\.0"),
+        ("stream_lora_alpha", 0, "must be positive, got 0"),
+        ("stream_lora_alpha", math.nan, "must be positive, got nan"),
+    ],
+)
+def test_a_bad_value_is_refused_with_its_field_rule_and_value(field, value, rule):
+    fields = {"stream_transform": "lora", field: value}
+    with pytest.raises(ValueError, match=f"^`{field}` {rule}"):
         ParScaleConfig(**fields)
 
 
@@ -370,6 +368,15 @@ def test_rank_and_scale_are_those_of_the_configuration():
     assert tuple(module.lora_A.shape) == (3, 3, 32)
     assert tuple(module.lora_B.shape) == (3, 48, 3)
     assert module.scaling == 4
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "bloom"])
+@pytest.mark.parametrize("transform", ON_LINEARS)
+def test_streams_can_be_diagnosed_layer_by_layer(model_type, transform):
+    model = stirred(streams_on(tiny_model(model_type, "eager"), stream_transform=transform))
+    decoder = model.get_base_model().get_decoder()
+    name = "h" if model_type == "bloom" else "layers"
+    assert list(find_layers(decoder)) == [f"{name}.0", f"{name}.1"]
 
 
 @pytest.mark.parametrize("aggregator", ["static", "mean"])

@@ -128,12 +128,14 @@ def test_unloading_leaves_no_trace(num_streams, implementation):
         assert not torch.equal(outputs(with_streams(backbone)), expected)
 
 
-def test_merging_streams_is_refused_and_one_stream_merges_into_the_backbone():
+def test_merging_gives_a_model_of_its_own_with_the_same_output_and_parameters():
     backbone = tiny_model()
+    weight = backbone.model.layers[0].mlp.up_proj.weight
     model = with_streams(backbone, num_streams=4)
-    with pytest.raises(ValueError, match="Adapter 'default' runs 4 streams, which can't be merged"):
-        model.merge_and_unload()
-    assert outputs(model).isfinite().all()
+    expected = outputs(model)
+    merged = model.merge_and_unload()
+    assert torch.equal(outputs(merged), expected)
+    assert merged.model.layers[0].mlp.up_proj.weight is weight
     single = with_streams(tiny_model(), num_streams=1)
     assert torch.equal(outputs(single.merge_and_unload()), outputs(tiny_model()))
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from parscale_adapt.aggregator import Aggregator
 from parscale_adapt.attention import STREAMS_ATTRIBUTE
-from parscale_adapt.layers import AttentionStreams, DecoderStreams
+from parscale_adapt.layers import DecoderStreams, ParScaleLayer
 from parscale_adapt.probe import find_decoder
 
 
@@ -140,17 +140,17 @@ def find_streams(model: PeftModel) -> StreamedModel:
 
 
 def find_layers(decoder: nn.Module) -> dict[str, nn.Module]:
-    """The blocks of a decoder by name: the members of every outermost module list that holds attention."""
+    """The blocks of a decoder by name: the members of every outermost module list that holds streams."""
     layers: dict[str, nn.Module] = {}
     for name, module in decoder.named_modules():
         is_inside = any(name.startswith(f"{layer}.") for layer in layers)
-        if isinstance(module, nn.ModuleList) and not is_inside and _holds_attention(module):
+        if isinstance(module, nn.ModuleList) and not is_inside and _holds_streams(module):
             layers |= {f"{name}.{index}": layer for index, layer in enumerate(module)}
     return layers
 
 
-def _holds_attention(module: nn.Module) -> bool:
-    return any(isinstance(getattr(part, STREAMS_ATTRIBUTE, None), AttentionStreams) for part in module.modules())
+def _holds_streams(module: nn.Module) -> bool:
+    return any(isinstance(getattr(part, STREAMS_ATTRIBUTE, None), ParScaleLayer) for part in module.modules())
 
 
 @contextmanager

@@ -86,13 +86,14 @@ def _empty_backbone(source: Source, dtype: torch.dtype | None) -> PreTrainedMode
 
 
 def _mapped_backbone(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
-        )
-    except RuntimeError as error:
-        raise ValueError(f"The backbone {folder} does not fit its configuration: {error}") from error
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype or "auto", use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True
+    )
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(f"The backbone {folder} is incomplete: it lacks {len(missing)} tensors, first {missing[0]}.")
+    for name, found, wanted in sorted(info["mismatched_keys"]):
+        raise ValueError(
+            f"The backbone {folder} does not fit its configuration: {name} is {tuple(found)} instead of {tuple(wanted)}."
+        )
     return model

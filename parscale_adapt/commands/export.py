@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from parscale_adapt.commands.output import check_writable, quiet_transformers, size_text, write_json
+from parscale_adapt.commands.output import check_writable, hide_progress_bars, size_text, write_json
 
 
 def export(
@@ -30,7 +30,7 @@ def export(
 ) -> None:
     """Merge a ParScale adapter, its shared LoRA and its backbone into one self-contained checkpoint."""
     check_writable(json_file)
-    quiet_transformers()
+    hide_progress_bars()
     from parscale_adapt.checkpoints.exporting import export_adapter
 
     report = export_adapter(adapter, output, backbone, format, dtype, max_shard_size)

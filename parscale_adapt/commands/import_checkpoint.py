@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from parscale_adapt.commands.output import check_writable, quiet_transformers, write_json
+from parscale_adapt.commands.output import check_writable, hide_progress_bars, write_json
 
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def import_checkpoint(
     backbone; otherwise it is small and shares the backbone with other adapters.
     """
     check_writable(json_file)
-    quiet_transformers()
+    hide_progress_bars()
     from parscale_adapt.checkpoints.importing import import_published
 
     report = import_published(source, output, backbone, tolerance)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from parscale_adapt.commands.output import check_writable, print_table, quiet_transformers, write_json
+from parscale_adapt.commands.output import check_writable, hide_progress_bars, write_json
 
 
 if TYPE_CHECKING:
@@ -16,17 +16,19 @@ if TYPE_CHECKING:
 def inspect(
     source: Annotated[str, typer.Argument(help="Adapter or checkpoint: a folder, or a repository on the hub.")],
     backbone: Annotated[
-        str | None, typer.Option(help="Backbone of an adapter, to count its parameters (default: as the adapter says).")
+        str | None,
+        typer.Option(help="Backbone of an adapter, to count its parameters (default: as the adapter says)."),
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures as JSON.")] = None,
 ) -> None:
     """Show kind, backbone, streams, added parameters, fingerprint and version of an adapter or checkpoint."""
     check_writable(json_file)
-    quiet_transformers()
+    hide_progress_bars()
     from parscale_adapt.checkpoints.inspection import inspect_folder
 
     found = inspect_folder(source, backbone)
-    print_table(source, ["", ""], [[name, value] for name, value in _rows(found).items()])
+    for name, value in _rows(found).items():
+        print(f"{name:<27} {value}")
     percents = {"added_percent": found.added_percent, "added_percent_per_stream": found.added_percent_per_stream}
     write_json(json_file, {**asdict(found), **percents})
 
@@ -48,6 +50,6 @@ def _rows(found: "Inspection") -> dict[str, str]:
     if found.added_percent is not None and found.added_percent_per_stream is not None:
         rows["in percent of the backbone"] = f"{found.added_percent:.3f}% of {found.backbone_parameters:,}"
         rows["in percent, per stream"] = f"{found.added_percent_per_stream:.3f}%"
-    for name, value in (found.fingerprint or {"none": ""}).items():
-        rows[f"fingerprint: {name}"] = value
+    for name, value in (found.fingerprint or {"of the backbone": "none"}).items():
+        rows[f"fingerprint {name}"] = value
     return rows

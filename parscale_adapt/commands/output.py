@@ -61,12 +61,11 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     Console(highlight=False, markup=False, width=None if console.is_terminal else 160).print(table)
 
 
-def quiet_transformers() -> None:
-    """Keep the progress bars and warnings of transformers out of a command's output."""
+def hide_progress_bars() -> None:
+    """Keep the progress bars of transformers out of a command's output."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    logging.set_verbosity_error()
 
 
 def size_text(num_params: float) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from parscale_adapt.commands.output import check_writable, quiet_transformers, write_json
+from parscale_adapt.commands.output import check_writable, hide_progress_bars, write_json
 
 
 def verify(
@@ -19,7 +19,7 @@ def verify(
     Ends with exit code 1 if they differ by more than the tolerance that is stored with them.
     """
     check_writable(json_file)
-    quiet_transformers()
+    hide_progress_bars()
     from parscale_adapt.checkpoints.verifying import verify_checkpoint
 
     report = verify_checkpoint(folder)

@@ -15,10 +15,16 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from ..attention import STREAMS_ATTRIBUTE
 from ..prefix import ReparameterizedPrefix
 from ..probe import gathered
-from ..state import backbone_shapes, checkpoint_key, expected_adapter_shapes, fold_prefix
+from ..state import (
+    adapter_parameters,
+    backbone_shapes,
+    checkpoint_key,
+    expected_adapter_shapes,
+    fold_prefix,
+    saved_module_shapes,
+)
 from .run_folder import SAVE_RECORD, write_atomically
 
 
@@ -30,20 +36,17 @@ def whole_state(model: PeftModel, adapter_name: str, keep: bool = True) -> dict[
     `keep` get nothing.
     """
     _reshard(model)
-    backbone = backbone_shapes(model) if model.peft_config[adapter_name].train_backbone else {}
+    wanted = adapter_parameters(model, adapter_name).keys() | saved_module_shapes(model, adapter_name).keys()
+    if model.peft_config[adapter_name].train_backbone:
+        wanted |= backbone_shapes(model).keys()
     state = {}
     for name, parameter in model.named_parameters():
-        if name in backbone or _belongs_to(name, adapter_name):
+        if name in wanted:
             with gathered([parameter]):
                 value = _full_value(parameter)
                 if keep:
                     state[name] = value.to("cpu", copy=True)
     return state
-
-
-def _belongs_to(name: str, adapter_name: str) -> bool:
-    containers = (f".{STREAMS_ATTRIBUTE}.", ".modules_to_save.")
-    return f".{adapter_name}." in name and any(container in name for container in containers)
 
 
 def _reshard(model: nn.Module) -> None:

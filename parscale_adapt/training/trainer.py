@@ -14,6 +14,7 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from trl import SFTTrainer
 
 from ..aggregator import Aggregator
+from ..config import ParScaleConfig
 from ..fingerprint import describe_difference
 from ..prefix import ReparameterizedPrefix
 from .saving import forget_verified, record_verified, verify_save, whole_state
@@ -21,7 +22,18 @@ from .stream_statistics import stream_statistics
 
 
 UNFOLDED_FILE = "unfolded_state.safetensors"
-_STREAM_SETTINGS = ("num_streams", "num_prefix_tokens", "aggregator_smoothing", "init_weights", "train_backbone")
+_STREAM_SETTINGS = (
+    "num_streams",
+    "stream_transform",
+    "num_prefix_tokens",
+    "stream_lora_rank",
+    "stream_lora_alpha",
+    "aggregator",
+    "aggregator_smoothing",
+    "init_weights",
+    "train_backbone",
+    "lora",
+)
 
 
 class StreamTrainer(SFTTrainer):
@@ -140,11 +152,12 @@ def check_resumable(config: PeftConfig, checkpoint: str) -> None:
     """Refuse a checkpoint of other streams or of another backbone.
 
     Raises:
-        ValueError: the number of streams, the prefix length, what is trained or the backbone differ.
+        ValueError: the number of streams, what they differ by, what is trained or the backbone differ.
     """
-    stored = json.loads((Path(checkpoint) / "adapter_config.json").read_text())
+    stored = ParScaleConfig().to_dict() | json.loads((Path(checkpoint) / "adapter_config.json").read_text())
+    current = config.to_dict()
     for name in _STREAM_SETTINGS:
-        here = getattr(config, name)
+        here = current[name]
         if stored[name] != here:
             raise ValueError(
                 f"{checkpoint} can't be resumed: its `{name}` is {stored[name]!r}, this run's is {here!r}. Resume with "

@@ -1,0 +1,109 @@
+"""What `parscale chat` talks to: a backbone, an export or adapters, loaded once; all is checked before that."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..checkpoints.sources import Source, find_source, load_source
+from .conversation import Voice
+from .exports import TOKENIZER_FILES, Kind, find_kind, has_tokenizer, register_classes
+
+
+PLAIN = "backbone"
+_FIRST_ADAPTER = "default"  # PEFT's name for it
+
+
+@dataclass
+class Speaker:
+    """What a path and adapters stand for: a checkpoint, or adapters by name, which share one backbone."""
+
+    kind: Kind
+    adapters: dict[str, Source] = field(default_factory=dict)
+
+    @property
+    def tokenizer_folders(self) -> list[Path]:
+        """Where a tokenizer may be, that of an adapter first, since training may have given it a chat template."""
+        return [folder for source in self.adapters.values() for folder in source.tokenizer_folders] or [
+            self.kind.folder
+        ]
+
+
+def find_speaker(path: str, backbone: str | None = None, adapters: Sequence[str] = ()) -> Speaker:
+    """Look at what is to be loaded.
+
+    Args:
+        path: folder or hub repository of a backbone, an export, a published checkpoint or an adapter.
+        backbone: of an adapter at `path`; the one that it names by default.
+        adapters: `NAME=PATH`, or `PATH`, which is then called as its folder.
+
+    Raises:
+        ValueError: something is missing or damaged, or they don't go together.
+    """
+    kind = find_kind(path)
+    if kind.owns_streams and adapters:
+        raise ValueError(f"{path} has streams of its own, adapters go on a plain backbone: leave --adapter out.")
+    if kind.name != "adapter" and backbone is not None:
+        raise ValueError(f"{path} is no adapter, so it needs no backbone: leave --backbone out.")
+    if kind.name == "adapter":
+        adapters = (path, *adapters)
+    else:
+        backbone = path
+    found: dict[str, Source] = {}
+    for adapter in adapters:
+        name, separator, place = adapter.partition("=")
+        if not separator:
+            name, place = Path(adapter).resolve().name, adapter
+        if name in ("", PLAIN, *found):
+            raise ValueError(f"Each adapter needs a name of its own, got {name!r}: give --adapter NAME=PATH.")
+        found[name] = find_source(place, backbone)
+        backbone = found[name].backbone_name
+    owners = [name for name, source in found.items() if source.config.train_backbone]
+    if owners and len(found) > 1:
+        raise ValueError(
+            f"Adapter {owners[0]!r} brings a backbone of its own, which it can't share: chat with it alone."
+        )
+    return Speaker(kind, found)
+
+
+def load_speaker(speaker: Speaker) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase, list[Voice]]:
+    """Model, tokenizer and voices, the first adapter first. The model is on the GPU if there is one.
+
+    Raises:
+        ValueError: something does not fit, or there is no tokenizer.
+    """
+    tokenizer = _load_tokenizer(speaker)
+    if speaker.adapters:
+        model, voices = _load_adapters(speaker.adapters)
+    else:
+        if speaker.kind.owns_streams:
+            register_classes(speaker.kind)
+        model = AutoModelForCausalLM.from_pretrained(speaker.kind.folder, dtype="auto", use_safetensors=True)
+        voices = [Voice(speaker.kind.folder.resolve().name, speaker.kind.num_streams)]
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer, voices
+
+
+def _load_adapters(adapters: Mapping[str, Source]) -> tuple[PeftModel, list[Voice]]:
+    model, voices = None, []
+    for name, source in adapters.items():
+        if model is None:
+            model, peft_name = load_source(source), _FIRST_ADAPTER
+        else:
+            peft_name = f"adapter_{len(voices)}"  # a name with a dot in it is none for PEFT
+            model.load_adapter(source.adapter, peft_name, torch_device="cpu")
+        voices.append(Voice(name, source.config.num_streams, peft_name))
+    assert model is not None
+    return model, [*voices, Voice(PLAIN, 1)]
+
+
+def _load_tokenizer(speaker: Speaker) -> PreTrainedTokenizerBase:
+    for folder in speaker.tokenizer_folders:
+        if has_tokenizer(folder):
+            if speaker.kind.name == "standalone":
+                register_classes(speaker.kind)  # or transformers asks whether to run its code
+            return AutoTokenizer.from_pretrained(folder)
+    places = " or ".join(map(str, speaker.tokenizer_folders))
+    raise ValueError(f"There is no tokenizer in {places}: copy {' and '.join(TOKENIZER_FILES)} of the backbone there.")
