@@ -68,7 +68,26 @@ def claim_cache(cache: Cache, owner: CacheOwner) -> None:
         )
     for layer in cache.layers:
         _forget_allocation(layer)
+    mark_cache(cache, owner)
+
+
+def mark_cache(cache: Cache, owner: CacheOwner) -> None:
+    """Note whose keys and values `cache` holds, without a check."""
     setattr(cache, _OWNER, owner)
+
+
+def claim_pages(cache: Any, owner: CacheOwner) -> None:
+    """As [`claim_cache`], for the paged cache of continuous batching, which serves one owner for as long as it lives.
+
+    Raises:
+        ValueError: it serves another owner.
+    """
+    previous = vars(cache).setdefault(_OWNER, owner)
+    if previous != owner:
+        raise ValueError(
+            f"The manager of continuous batching serves {_describe(previous)} and can't go on with {_describe(owner)}: "
+            "stop it, or call `destroy_cached_continuous_batching_manager`, before switching adapters."
+        )
 
 
 def _is_filled(layer: CacheLayerMixin | LinearAttentionCacheLayerMixin) -> bool:
@@ -97,7 +116,9 @@ _view_classes: dict[type, type] = {}  # not `lru_cache`, of which torch.compile 
 def _view_class(cache_class: type) -> type:
     if cache_class not in _view_classes:
         namespace = {"__slots__": ("attended_layers", "layout", "viewed"), "__module__": __name__}
-        _view_classes[cache_class] = type(f"StreamView{cache_class.__name__}", (_StreamFolding, cache_class), namespace)
+        _view_classes[cache_class] = type(
+            f"StreamView{cache_class.__name__}", (_StreamFolding, cache_class), namespace
+        )
     return _view_classes[cache_class]
 
 

@@ -13,13 +13,14 @@ from torch.utils.hooks import RemovableHandle
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from .attention import STREAMS_ATTRIBUTE, SUPPORTED_IMPLEMENTATIONS
-from .cache import claim_cache, stream_view, viewed_cache
+from .cache import claim_cache, claim_pages, mark_cache, stream_view, viewed_cache
 from .config_view import STREAMS, config_view, stock_config
 from .layout import StreamLayout, UniformLayout
 from .masks import register_stream_masks
 
 
 _ARGUMENTS_BY_TOKEN = ("input_ids", "inputs_embeds", "position_ids")
+_CACHES = ("past_key_values", "cache_params")  # the latter where no layer has attention
 
 
 def attach_stream_hooks(decoder: PreTrainedModel) -> list[RemovableHandle]:
@@ -71,15 +72,18 @@ def _enter_streams(
     arguments = _arguments_by_name(decoder, args, kwargs)
     tokens = arguments["input_ids"] if arguments.get("input_ids") is not None else arguments["inputs_embeds"]
     layout = streams.lay_out(tokens.shape[0], tokens.device)
-    cache = arguments.get("past_key_values")
+    cache_name = next((name for name in _CACHES if isinstance(arguments.get(name), Cache)), "past_key_values")
+    cache = arguments.get(cache_name)
     if cache is not None:
         claim_cache(cache, streams.cache_owner)
+    is_paged = arguments.get("cache") is not None
+    if is_paged:
+        claim_pages(arguments["cache"], streams.cache_owner)
     if layout.num_streams == 1:
         return None
     if cache is None and _wants_cache(decoder, arguments.get("use_cache")):
         cache = DynamicCache(config=stock_config(decoder.config))
         claim_cache(cache, streams.cache_owner)
-    is_paged = arguments.get("cache") is not None
     arguments = _with_positions(decoder, arguments, tokens.shape[1])
     arguments = {
         name: _replicate_rows(name, value, tokens.shape[0], layout)
@@ -90,7 +94,7 @@ def _enter_streams(
     if cache is not None:
         view = stream_view(cache, layout, streams.attended_layers)
         view.show_states_as_rows()
-        arguments["past_key_values"] = view
+        arguments[cache_name] = view
     return (), arguments
 
 
@@ -110,6 +114,8 @@ def _with_positions(decoder: PreTrainedModel, arguments: dict[str, Any], num_tok
 
 
 def _wants_cache(decoder: PreTrainedModel, use_cache: bool | None) -> bool:
+    if "past_key_values" not in inspect.signature(decoder.forward).parameters:
+        return False
     # The same rule as in transformers' `merge_with_config_defaults`; with a cache, packed documents aren't recognised.
     if decoder.training and getattr(decoder, "gradient_checkpointing", False):
         return False
@@ -148,21 +154,30 @@ def _leave_streams(decoder: PreTrainedModel, args: tuple, kwargs: dict[str, Any]
     layout = streams.layout
     if layout.num_streams == 1:
         return None
-    view = kwargs.get("past_key_values")
+    view = next((kwargs[name] for name in _CACHES if isinstance(kwargs.get(name), Cache)), None)
     if view is not None:
         view.hide_streams_of_states()
     if isinstance(output, tuple):
-        rest = [viewed_cache(item) if isinstance(item, Cache) else item for item in output[1:]]
+        rest = [_caller_cache(item, streams) if isinstance(item, Cache) else item for item in output[1:]]
         return (streams(output[0]), *rest)
     output["last_hidden_state"] = streams(output["last_hidden_state"])
-    if output.get("past_key_values") is not None:
-        output["past_key_values"] = viewed_cache(output["past_key_values"])
+    for name in _CACHES:
+        if isinstance(output.get(name), Cache):
+            output[name] = _caller_cache(output[name], streams)
     if output.get("router_logits") is not None and isinstance(layout, UniformLayout):
         # One entry per layer and stream, so that the backbone's balancing loss finds B * T tokens in each.
         output["router_logits"] = tuple(
             stream for layer in output["router_logits"] for stream in layer.chunk(layout.num_streams)
         )
     return output
+
+
+def _caller_cache(cache: Cache, streams: Any) -> Cache:
+    """The cache behind a view; one that a decoder without attention made itself gets batch `B`."""
+    if viewed_cache(cache) is cache:
+        stream_view(cache, streams.layout, frozenset()).hide_streams_of_states()
+        mark_cache(cache, streams.cache_owner)
+    return viewed_cache(cache)
 
 
 register_stream_masks()

@@ -1,7 +1,7 @@
 """Causal LMs that own their streams: the classes of standalone checkpoints.
 
 Such a class is one of the mixins below before a class of transformers. `config.parscale` says how the streams are laid
-out; names of modules in it are relative to the base model, `""` is the base model itself:
+out; `base_model` is the name of the base model in the causal LM, all other names are relative to it, `""` is itself:
 
 - `num_streams`, `aggregator`, `aggregator_smoothing`, `stream_transform` as in an adapter's configuration, with
   `num_prefix_tokens` (0 without prefixes) or `stream_lora_rank` and `stream_lora_alpha`;
@@ -20,6 +20,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 
 from .aggregator import AGGREGATORS, Aggregator
 from .attention import STREAMS_ATTRIBUTE
+from .config_view import stock_config
 from .decoder import attach_stream_hooks, route_through_streams
 from .layout import UniformLayout
 from .paged import init_continuous_batching
@@ -101,6 +102,15 @@ class StreamedModel(_Initialized):
         add_streams(self)
         self.post_init()
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As [`transformers.PreTrainedModel.save_pretrained`], with the configuration behind the decoder's view of it."""
+        view = self.config  # type: ignore[has-type]
+        self.config = stock_config(view)
+        try:
+            super().save_pretrained(*args, **kwargs)
+        finally:
+            self.config = view
+
 
 class StreamedCausalLM(_Initialized):
     """Mixin of the causal LM over a base model of class `streamed_class`, which is a [`StreamedModel`]."""
@@ -114,8 +124,9 @@ class StreamedCausalLM(_Initialized):
 
     def run_in_streams(self) -> None:
         """Make the base model, so far a stock one, a [`StreamedModel`]."""
-        self.base_model.__class__ = self.streamed_class
-        add_streams(self.base_model)
+        base_model = self.get_submodule(self.config.parscale["base_model"])
+        base_model.__class__ = self.streamed_class
+        add_streams(base_model)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """See [`parscale_adapt.paged.init_continuous_batching`]."""

@@ -54,11 +54,16 @@ def observe_attention(model: PreTrainedModel, observer: AttentionObserver) -> It
 
 def _observed_attention(implementation: str) -> Callable:
     def attention(
-        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,
+        **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         refuse_arguments_per_key(module, kwargs)
-        _observer.get().see_attention(module, key, value, mask)
-        return stock_function(implementation, module)(module, query, key, value, mask, **kwargs)
+        _observer.get().see_attention(module, key, value, attention_mask)
+        return stock_function(implementation, module)(module, query, key, value, attention_mask, **kwargs)
 
     return attention
 

@@ -1,12 +1,15 @@
 """Continuous batching: a paged cache that has room for the heads of all streams."""
 
 import copy
+from functools import lru_cache
 from typing import Any
 
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.generation.continuous_batching.cache import SLIDING_ATTENTION, group_layers_by_attn_type
 from transformers.generation.continuous_batching.continuous_api import ContinuousMixin
 
 from .attention import STREAMS_ATTRIBUTE
+from .cache import claim_pages
 from .config_view import stock_config
 
 
@@ -18,30 +21,57 @@ def init_continuous_batching(
 ) -> Any:
     """transformers' method of the same name, for a causal LM whose decoder runs streams.
 
-    The manager gets a shallow copy of the model, on the same modules, whose configuration has `P` times the heads:
-    from it the manager sizes its cache.
+    The manager gets a view of the model whose configuration has `P` times the heads: from it the manager sizes its
+    cache.
 
     Raises:
-        ValueError: as transformers' own.
+        ValueError: a manager was kept for another adapter; flash attention was chosen for streams with sliding windows;
+            or as transformers' own.
     """
-    num_streams = getattr(model.get_decoder(), STREAMS_ATTRIBUTE).layout.num_streams
+    streams = getattr(model.get_decoder(), STREAMS_ATTRIBUTE)
     stock = ContinuousMixin.init_continuous_batching
-    if num_streams == 1:
+    kept = getattr(model, "_cached_continuous_batching_manager", None)
+    if kept is not None:
+        claim_pages(kept.batch_processor.cache, streams.cache_owner)
+        return stock(kept.model)
+    if streams.layout.num_streams == 1:
         return stock(model, generation_config, continuous_batching_config, **kwargs)
-    sized = copy.copy(model)
-    sized.config = _with_heads_of_streams(model.config, num_streams)
-    # Flash attention's decoding path writes into the pages itself, where a prefix can't be put in front.
     continuous_batching_config = copy.copy(continuous_batching_config or ContinuousBatchingConfig())
+    # Flash attention's decoding path writes into the pages itself, where a prefix can't be put in front.
     continuous_batching_config.max_blocks_per_request = 0
+    if streams.num_prefix_tokens > 0 and SLIDING_ATTENTION in group_layers_by_attn_type(model.config.get_text_config()):
+        _refuse_flash_attention(model)
+        continuous_batching_config.auto_switch_to_flash = False
+    sized = _view_with_heads_of_streams(model, streams.layout.num_streams)
     return stock(sized, generation_config, continuous_batching_config, **kwargs)
 
 
-def _with_heads_of_streams(config: PreTrainedConfig, num_streams: int) -> PreTrainedConfig:
-    config = copy.deepcopy(stock_config(config))
+def _refuse_flash_attention(model: PreTrainedModel) -> None:
+    name = model.config._attn_implementation
+    if name.startswith("flash"):
+        raise ValueError(
+            f"Continuous batching can't run streams through the sliding windows of {type(model).__name__} under "
+            f'{name}, which shows no prefix behind a window: call `set_attn_implementation("sdpa")` first.'
+        )
+
+
+@lru_cache
+def _view_class(model_class: type) -> type:
+    namespace = {"__slots__": ("config",), "__module__": model_class.__module__}
+    return type(model_class.__name__, (model_class,), namespace)
+
+
+def _view_with_heads_of_streams(model: PreTrainedModel, num_streams: int) -> PreTrainedModel:
+    """The same model, with all its state, under a configuration of its own."""
+    config = copy.deepcopy(stock_config(model.config))
     text_config = config.get_text_config()
     if getattr(text_config, "head_dim", None) is None:
         text_config.head_dim = text_config.hidden_size // text_config.num_attention_heads
     if getattr(text_config, "num_key_value_heads", None) is not None:
         text_config.num_key_value_heads *= num_streams
     text_config.num_attention_heads *= num_streams
-    return config
+    model_class: Any = type(model)
+    view: Any = object.__new__(_view_class(model_class))
+    view.__dict__ = model.__dict__
+    object.__setattr__(view, "config", config)
+    return view

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, cache_utils
 
 from .config_view import stock_config
 from .decoder import refuse_unsupported_attention
@@ -99,7 +99,8 @@ def probe_backbone(model: PreTrainedModel) -> Backbone:
     """Find the decoder and every attention module of `model` by running one token through it.
 
     Raises:
-        TypeError, ValueError: as in [`find_decoder`]; ValueError also where attention picks single keys.
+        TypeError, ValueError: as in [`find_decoder`]; ValueError also where attention picks single keys, or where a cache
+            holds what streams can't lay out.
     """
     decoder_name = find_decoder(model)
     refuse_unsupported_attention(model.get_submodule(decoder_name))
@@ -137,6 +138,22 @@ class _RecordingCache(DynamicCache):
         return self.returned[layer_idx]
 
 
+def _empty_cache(model: nn.Module, config: PreTrainedConfig) -> _RecordingCache:
+    name = type(model).__name__
+    if getattr(config.get_text_config(decoder=True), "num_hidden_layers", None) is None:
+        raise ValueError(
+            f"{name} is made of several models with caches of their own, in which streams can't be laid out."
+        )
+    cache = _RecordingCache(config)
+    for layer in cache.layers:
+        if type(layer).__module__ != cache_utils.__name__ or isinstance(layer, cache_utils.DynamicIndexedLayer):
+            raise ValueError(
+                f"{name} keeps states of its own in its cache ({type(layer).__name__}), in which streams can't be laid "
+                "out."
+            )
+    return cache
+
+
 class _RouteObserver(AttentionObserver):
     """Follows masks from where they are made, and keys and values from the cache, to attention."""
 
@@ -170,12 +187,18 @@ def _observe_routes(model: PreTrainedModel) -> tuple[frozenset[int], bool]:
         `attended_layers` and `masks_per_row` of [`Backbone`].
     """
     decoder = model.get_submodule(find_decoder(model))
-    cache = _RecordingCache(stock_config(decoder.config))
+    cache = _empty_cache(model, stock_config(decoder.config))
     observer = _RouteObserver(cache)
     device = model.get_input_embeddings().weight.device
     input_ids, attention_mask = torch.zeros(2, 3, dtype=torch.long), torch.tensor([[0, 1, 1], [1, 1, 1]])
     inputs = {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
     with evaluating(model), gathered_parameters(model), observe_attention(model, observer):
+        own_cache = decoder(**inputs, use_cache=True).get("past_key_values")
+        if own_cache is not None and type(own_cache) is not DynamicCache:
+            raise ValueError(
+                f"{type(model).__name__} makes a cache of its own ({type(own_cache).__name__}), in which streams can't be "
+                "laid out."
+            )
         decoder(**inputs, past_key_values=cache, use_cache=True)
     # Where masks are reworked row by row, what comes from the cache may be as well.
     attended_layers = frozenset() if observer.masks_per_row else frozenset(observer.attended_layers)

@@ -50,8 +50,19 @@ class _SavesItsCode(StreamedCausalLM):
         Path(save_directory, CODE_FILE).write_text(code, encoding="utf-8")
 
 
-def standalone_classes(model: PreTrainedModel) -> StandaloneClasses:
+def base_model_name(model: PreTrainedModel, decoder_name: str) -> str:
+    """The name in a causal LM of its base model: what transformers calls so, or else the decoder."""
+    if model.base_model is model:
+        return decoder_name
+    return next(name for name, module in model.named_modules() if module is model.base_model)
+
+
+def standalone_classes(model: PreTrainedModel, base_name: str) -> StandaloneClasses:
     """The classes that a plain causal LM takes on when it gets streams of its own.
+
+    Args:
+        model: the causal LM.
+        base_name: the name in it of its base model, see [`base_model_name`].
 
     Raises:
         ValueError: it is quantized, or its code is no part of transformers.
@@ -61,7 +72,7 @@ def standalone_classes(model: PreTrainedModel) -> StandaloneClasses:
             "A standalone checkpoint needs a backbone in full precision, got a quantized one: load the backbone without "
             "quantization, and the adapter on it."
         )
-    stock: Any = (type(model.config), type(model.base_model), type(model))
+    stock: Any = (type(model.config), type(model.get_submodule(base_name)), type(model))
     return _derived_classes(*stock)
 
 
@@ -110,7 +121,8 @@ def describe_streams(
         projection_shapes: the linear layers in which streams differ, by their names in `model`.
         fields: of an adapter's configuration, `STREAM_FIELDS` among them.
     """
-    names = {module: name for name, module in model.base_model.named_modules()}
+    base_name = base_model_name(model, backbone.decoder_name)
+    names = {module: name for name, module in model.get_submodule(base_name).named_modules()}
 
     def relative(shapes: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
         return {names[model.get_submodule(name)]: list(shape) for name, shape in shapes.items()}
@@ -119,6 +131,7 @@ def describe_streams(
     streams["num_prefix_tokens"] = fields["num_prefix_tokens"] if fields["stream_transform"] == "prefix" else 0
     return {
         **streams,
+        "base_model": base_name,
         "decoder": names[model.get_submodule(backbone.decoder_name)],
         "hidden_size": backbone.hidden_size,
         "attention_shapes": relative(backbone.attention_shapes),
@@ -142,7 +155,7 @@ def make_standalone(
     Raises:
         ValueError: see [`standalone_classes`].
     """
-    classes = standalone_classes(model)
+    classes = standalone_classes(model, streams["base_model"])
     model.config.__class__ = classes.config
     model.config.parscale = streams
     model.__class__ = classes.causal_lm

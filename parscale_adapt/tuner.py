@@ -24,7 +24,7 @@ from .probe import Backbone, ObservedStates, find_decoder, probe_backbone
 from .projections import ProjectionShape, observe_projections
 from .registration import PARAMETER_PREFIX, register_method
 from .shared_lora import backbone_modules, inject_shared_lora, lora_by_row, remove_idle_lora, unwrapped
-from .standalone import describe_streams, make_standalone, standalone_classes
+from .standalone import base_model_name, describe_streams, make_standalone, standalone_classes
 from .start import observe_token_states, streams_off
 from .state import (
     backbone_shapes,
@@ -311,7 +311,7 @@ class ParScaleModel(BaseTuner):
         if config.num_streams == 1:
             self._detach_streams()
             return super().merge_and_unload(progressbar, safe_merge, names)
-        standalone_classes(self.model)
+        standalone_classes(self.model, base_model_name(self.model, self._backbone.decoder_name))
         tensors = self._stream_tensors(names[0])
         projections = {} if config.stream_transform == "prefix" else self._projections
         self._detach_streams()

@@ -65,9 +65,13 @@ def put_prefix_before_documents(
     source[(starts + added)[:-1, None] + ranks] = ranks
     key = torch.cat([prefix_key, key], dim=-2)[:, :, source]
     value = torch.cat([prefix_value, value], dim=-2)[:, :, source]
-    return key, value, {
-        **kwargs,
-        "cu_seq_lens_k": starts + added,
-        "max_length_k": kwargs["max_length_k"] + num_prefix_tokens,
-        "position_ids": None,
-    }
+    return (
+        key,
+        value,
+        {
+            **kwargs,
+            "cu_seq_lens_k": starts + added,
+            "max_length_k": kwargs["max_length_k"] + num_prefix_tokens,
+            "position_ids": None,
+        },
+    )

@@ -47,10 +47,15 @@ def export_card(backbone: str | None, format: str, num_streams: int) -> ModelCar
     }
     code = f"model = {load})" if num_streams == 1 else how[format]
     of = f" of `{backbone}`" if backbone else ""
+    what = (
+        f"{num_streams} streams{of} run side by side and are mixed for every token"
+        if num_streams > 1
+        else (f"One stream{of}, which is a plain model, to compare with several")
+    )
     text = f"""
-# ParScale model with {num_streams} streams
+# ParScale model with {num_streams} {"streams" if num_streams > 1 else "stream"}
 
-{num_streams} streams{of} run side by side and are mixed for every token ({_PAPER}). Exported by {_US}.
+{what} ({_PAPER}). Exported by {_US}.
 
 ```python
 from transformers import AutoModelForCausalLM

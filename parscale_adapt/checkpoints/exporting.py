@@ -64,7 +64,7 @@ def export_adapter(
     with new_folder(output) as staging:
         source = find_source(adapter, backbone)
         if format == "published":
-            refuse_unpublishable(source.config)
+            refuse_unpublishable(source.config, source.model_type)
         model = load_source(source, None if dtype is None else getattr(torch, dtype))
         weights_dtype = model.get_input_embeddings().weight.dtype
         reference = make_reference(model, weights_dtype, source.config.backbone_fingerprint or {})

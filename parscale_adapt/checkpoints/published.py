@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from ..config import ParScaleConfig
 from ..qwen2_parscale import Qwen2ParScaleConfig, Qwen2ParScaleForCausalLM
@@ -66,12 +66,17 @@ def backbone_config(config: Qwen2ParScaleConfig) -> Qwen2Config:
     return Qwen2Config(**fields, architectures=["Qwen2ForCausalLM"])
 
 
-def refuse_unpublishable(config: ParScaleConfig) -> None:
-    """Check that the published layout has a place for such streams.
+def refuse_unpublishable(config: ParScaleConfig, model_type: str) -> None:
+    """Check that the published layout has a place for such streams on such a backbone.
 
     Raises:
         ValueError: it has none.
     """
+    if model_type != Qwen2Config.model_type:
+        raise ValueError(
+            f"The published layout is one of Qwen2, got a backbone of type {model_type!r}: export with "
+            "`--format standalone`."
+        )
     for name, value in {"stream_transform": "prefix", "aggregator": "dynamic"}.items():
         if config.num_streams > 1 and getattr(config, name) != value:
             raise ValueError(
@@ -86,14 +91,7 @@ def published_model(model: PreTrainedModel, streams: ParScaleConfig) -> Qwen2Par
     Args:
         model: what `merge_and_unload` gives for a Qwen2.
         streams: the configuration of the adapter that was merged.
-
-    Raises:
-        ValueError: the model is no Qwen2.
     """
-    if not isinstance(model, Qwen2ForCausalLM):
-        raise ValueError(
-            f"The published layout is one of Qwen2, got a {type(model).__name__}: export with `--format standalone`."
-        )
     fields = model.config.to_dict()
     for key in ("model_type", "architectures", "auto_map", "parscale"):
         fields.pop(key, None)
@@ -116,7 +114,11 @@ def _name_of_owned(name: str) -> str:
 
 
 def write_published_config(config: Qwen2ParScaleConfig, dtype: torch.dtype, folder: Path) -> None:
-    """Write `config.json` in the words of transformers 4."""
+    """Write `config.json` in the words of transformers 4.
+
+    Raises:
+        ValueError: they don't suffice for this backbone.
+    """
     fields = config.to_dict()
     rotary = dict(fields["rope_parameters"])
     theta = rotary.pop("rope_theta")
@@ -130,3 +132,10 @@ def write_published_config(config: Qwen2ParScaleConfig, dtype: torch.dtype, fold
         "transformers_version": transformers.__version__,
     }
     (folder / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    again = Qwen2ParScaleConfig.from_pretrained(folder)
+    for name in ("layer_types", "rope_parameters"):
+        if getattr(again, name) != getattr(config, name):
+            raise ValueError(
+                f"The published layout can't say that `{name}` is {getattr(config, name)}: export with "
+                "`--format standalone`."
+            )

@@ -14,10 +14,14 @@ from .folders import ADAPTER_WEIGHTS, TensorFiles, find_checkpoint, read_json
 
 @dataclass
 class Source:
-    """What is exported: a folder with an adapter and, unless the adapter carries one, a backbone with its name."""
+    """What is exported: a folder with an adapter and, unless the adapter carries one, a backbone with its name.
+
+    `model_type` is the backbone's.
+    """
 
     adapter: Path
     config: ParScaleConfig
+    model_type: str
     backbone: Path | None
     backbone_name: str | None
 
@@ -39,7 +43,7 @@ def find_source(adapter: str, backbone: str | None = None) -> Source:
     """
     folder = find_checkpoint(adapter)
     config = read_adapter_config(folder)
-    tensors = TensorFiles(folder, ADAPTER_WEIGHTS)
+    TensorFiles(folder, ADAPTER_WEIGHTS)
     name = backbone or config.base_model_name_or_path
     if name:
         backbone_folder = find_checkpoint(name)
@@ -47,10 +51,10 @@ def find_source(adapter: str, backbone: str | None = None) -> Source:
         if "parscale" in fields or "parscale_n" in fields:
             raise ValueError(f"The backbone {name} has streams of its own: give the plain model.")
         TensorFiles(backbone_folder)
-        return Source(folder, config, backbone_folder, name)
-    if not (config.train_backbone and (folder / "config.json").is_file() and tensors.shapes):
+        return Source(folder, config, fields.get("model_type", ""), backbone_folder, name)
+    if not (config.train_backbone and (folder / "config.json").is_file()):
         raise ValueError(f"The adapter {adapter} names no backbone: give --backbone.")
-    return Source(folder, config, None, None)
+    return Source(folder, config, read_json(folder / "config.json").get("model_type", ""), None, None)
 
 
 def read_adapter_config(folder: Path) -> ParScaleConfig:

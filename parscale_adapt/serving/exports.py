@@ -90,5 +90,5 @@ def _code_of(folder: Path) -> dict[str, str]:
             f"{json.dumps(places)}; make one with `parscale export ADAPTER --output DIR`."
         )
     if not (folder / CODE_FILE).is_file():
-        raise ValueError(f"{folder} is incomplete, it lacks {CODE_FILE}: export the adapter again.")
+        raise ValueError(f"{folder} is incomplete, it lacks {CODE_FILE}: export again, or get the whole folder.")
     return dict(places)

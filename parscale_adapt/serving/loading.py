@@ -1,7 +1,7 @@
 """What `parscale chat` talks to: a backbone, an export or adapters, loaded once; all is checked before that."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,14 +22,8 @@ class Speaker:
     """What a path and adapters stand for: a checkpoint, or adapters by name, which share one backbone."""
 
     kind: Kind
-    adapters: dict[str, Source] = field(default_factory=dict)
-
-    @property
-    def tokenizer_folders(self) -> list[Path]:
-        """Where a tokenizer may be, that of an adapter first, since training may have given it a chat template."""
-        return [folder for source in self.adapters.values() for folder in source.tokenizer_folders] or [
-            self.kind.folder
-        ]
+    adapters: dict[str, Source]
+    tokenizer_folder: Path
 
 
 def find_speaker(path: str, backbone: str | None = None, adapters: Sequence[str] = ()) -> Speaker:
@@ -41,7 +35,7 @@ def find_speaker(path: str, backbone: str | None = None, adapters: Sequence[str]
         adapters: `NAME=PATH`, or `PATH`, which is then called as its folder.
 
     Raises:
-        ValueError: something is missing or damaged, or they don't go together.
+        ValueError: something is missing or damaged, there is no tokenizer, or they don't go together.
     """
     kind = find_kind(path)
     if kind.owns_streams and adapters:
@@ -49,7 +43,7 @@ def find_speaker(path: str, backbone: str | None = None, adapters: Sequence[str]
     if kind.name != "adapter" and backbone is not None:
         raise ValueError(f"{path} is no adapter, so it needs no backbone: leave --backbone out.")
     if kind.name == "adapter":
-        adapters = (path, *adapters)
+        adapters = (f"{Path(path).resolve().name}={path}", *adapters)
     else:
         backbone = path
     found: dict[str, Source] = {}
@@ -66,21 +60,23 @@ def find_speaker(path: str, backbone: str | None = None, adapters: Sequence[str]
         raise ValueError(
             f"Adapter {owners[0]!r} brings a backbone of its own, which it can't share: chat with it alone."
         )
-    return Speaker(kind, found)
+    # That of an adapter first, since training may have given it a chat template.
+    folders = [folder for source in found.values() for folder in source.tokenizer_folders] or [kind.folder]
+    return Speaker(kind, found, _find_tokenizer(folders))
 
 
 def load_speaker(speaker: Speaker) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase, list[Voice]]:
     """Model, tokenizer and voices, the first adapter first. The model is on the GPU if there is one.
 
     Raises:
-        ValueError: something does not fit, or there is no tokenizer.
+        ValueError: something does not fit.
     """
-    tokenizer = _load_tokenizer(speaker)
+    if speaker.kind.owns_streams:
+        register_classes(speaker.kind)
+    tokenizer = AutoTokenizer.from_pretrained(speaker.tokenizer_folder)
     if speaker.adapters:
         model, voices = _load_adapters(speaker.adapters)
     else:
-        if speaker.kind.owns_streams:
-            register_classes(speaker.kind)
         model = AutoModelForCausalLM.from_pretrained(speaker.kind.folder, dtype="auto", use_safetensors=True)
         voices = [Voice(speaker.kind.folder.resolve().name, speaker.kind.num_streams)]
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer, voices
@@ -99,11 +95,9 @@ def _load_adapters(adapters: Mapping[str, Source]) -> tuple[PeftModel, list[Voic
     return model, [*voices, Voice(PLAIN, 1)]
 
 
-def _load_tokenizer(speaker: Speaker) -> PreTrainedTokenizerBase:
-    for folder in speaker.tokenizer_folders:
+def _find_tokenizer(folders: Sequence[Path]) -> Path:
+    for folder in folders:
         if has_tokenizer(folder):
-            if speaker.kind.name == "standalone":
-                register_classes(speaker.kind)  # or transformers asks whether to run its code
-            return AutoTokenizer.from_pretrained(folder)
-    places = " or ".join(map(str, speaker.tokenizer_folders))
+            return folder
+    places = " or ".join(map(str, folders))
     raise ValueError(f"There is no tokenizer in {places}: copy {' and '.join(TOKENIZER_FILES)} of the backbone there.")
