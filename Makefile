@@ -4,7 +4,7 @@ BIN := .venv/bin
 BASE := .venv/installed-base
 INSTALLED := .venv/installed
 
-.PHONY: demo test test-lowest lint bench clean
+.PHONY: demo test test-lowest lint bench compatibility clean
 
 demo: $(BASE)
 	$(BIN)/python scripts/demo.py
@@ -29,6 +29,9 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/decode.py
 
+compatibility: $(INSTALLED)
+	$(BIN)/python scripts/compatibility.py
+
 $(BASE): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
@@ -37,7 +40,7 @@ $(BASE): pyproject.toml constraints.txt
 	touch $@
 
 $(INSTALLED): $(BASE)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[deepspeed,quantization,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[deepspeed,quantization,serving,evaluation,dev]'
 	touch $@
 
 clean:
