@@ -18,7 +18,8 @@ test-lowest:
 	.venv-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt torch
 	.venv-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable '.[dev]'
 	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n 2 tests/test_golden.py tests/test_tuner.py tests/test_state.py \
-		tests/test_decoder.py tests/test_cache.py tests/test_training.py tests/test_data_resume.py
+		tests/test_decoder.py tests/test_cache.py tests/test_training.py tests/test_data_resume.py \
+		tests/test_checkpoints_golden.py tests/test_checkpoints_standalone.py tests/test_standalone.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

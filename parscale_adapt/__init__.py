@@ -7,9 +7,8 @@ from .config import ParScaleConfig
 from .grow import grow_streams
 from .qwen2_parscale import Qwen2ParScaleConfig, Qwen2ParScaleForCausalLM, Qwen2ParScaleModel
 from .tuner import ParScaleModel
+from .version import __version__
 
-
-__version__ = "0.1.0"
 
 __all__ = [
     "ParScaleConfig",

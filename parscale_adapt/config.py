@@ -8,6 +8,7 @@ from peft import LoraConfig, PeftConfig
 from .aggregator import AGGREGATORS
 from .registration import PARSCALE
 from .shared_lora import lora_config, lora_fields
+from .version import __version__
 
 
 STARTS_OF_PREFIXES = ("normal", "reparameterized", "tokens")
@@ -126,6 +127,7 @@ class ParScaleConfig(ParScaleArguments, PeftConfig):
         backbone_fingerprint: what the adapter was trained on; checked when it is put on a backbone again.
         verify_backbone: False puts the adapter on a backbone with another fingerprint, with a warning. Pass it to
             `PeftModel.from_pretrained`; it is never saved.
+        parscale_version: the version of this package that made the adapter; set on its first save.
     """
 
     target_modules: tuple[str, ...] | list[str] | str | None = None
@@ -133,6 +135,7 @@ class ParScaleConfig(ParScaleArguments, PeftConfig):
     lora: LoraConfig | dict | None = None
     backbone_fingerprint: dict[str, str] | None = None
     verify_backbone: bool = True
+    parscale_version: str | None = None
 
     def __post_init__(self):
         ParScaleArguments.__post_init__(self)
@@ -162,5 +165,6 @@ class ParScaleConfig(ParScaleArguments, PeftConfig):
         """The fields that are saved."""
         fields = super().to_dict()
         del fields["verify_backbone"]
+        fields["parscale_version"] = self.parscale_version or __version__
         fields["lora"] = None if self.lora is None else lora_fields(self.lora)
         return fields

@@ -61,7 +61,12 @@ class ParScaleModel(BaseTuner):
         return backbone_fingerprint(self.model)
 
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
-        find_decoder(self.model)
+        decoder = self.model.get_submodule(find_decoder(self.model))
+        if not isinstance(getattr(decoder, STREAMS_ATTRIBUTE, None), ParScaleLayer | None):
+            raise ValueError(
+                f"{type(self.model).__name__} already runs in streams of its own: put adapters on its plain backbone "
+                "(`parscale import` makes an adapter of its streams)."
+            )
         super()._check_new_adapter_config(config)
         owners = [name for name, other in self.peft_config.items() if other.train_backbone]
         if owners and len(self.peft_config) > 1:

@@ -4,10 +4,12 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 from tiny_models import tiny_model, with_streams
 
+import parscale_adapt
 from parscale_adapt import bundle
 from parscale_adapt.version import __version__
 
@@ -104,3 +106,8 @@ def test_what_can_not_be_joined_is_refused(monkeypatch, tmp_path, modeling, othe
 def test_a_changed_registration_is_noticed(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match=r"config_view\.py must hold .* once"):
         joined(monkeypatch, tmp_path, modeling="from .config_view import S\n", config_view='S = "parscale_"\n')
+
+
+def test_code_package_and_project_have_one_version():
+    project = tomllib.loads((bundle._PACKAGE.parent / "pyproject.toml").read_text())
+    assert parscale_adapt.__version__ == __version__ == project["project"]["version"]

@@ -54,7 +54,7 @@ def test_help_lists_every_command(parscale):
     for name in cli.COMMANDS:
         code, out, _ = parscale(name, "--help")
         assert code == 0
-        assert "--json" in out
+        assert ("--json" in out) == (name not in ("chat", "serve")), name  # those two report nothing, they run
 
 
 def test_commands_import_nothing_heavy_until_they_run():

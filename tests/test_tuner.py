@@ -207,6 +207,11 @@ REFUSED = {
         {"train_backbone": True},
         "`train_backbone=True` needs a backbone in full precision, got a quantized one",
     ),
+    "streams of its own": (
+        lambda: with_streams(tiny_model()).merge_and_unload(),
+        {},
+        "ParScaleQwen2ForCausalLM already runs in streams of its own: put adapters on its plain backbone",
+    ),
     "other backbone": (
         tiny_model,
         {"backbone_fingerprint": {"shape": "a"}},
