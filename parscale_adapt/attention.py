@@ -270,7 +270,7 @@ def _can_join(implementation: str, query: torch.Tensor, attention_mask: Any, kwa
     """Whether scores of prefix and cache can be joined instead of copying the cache behind the prefix."""
     num_queries = query.shape[-2]
     is_decoding = num_queries == 1 or (attention_mask is not None and num_queries <= MAX_JOINED_QUERIES)
-    is_plain = kwargs.get("position_bias") is None and kwargs.get("softcap") is None and not kwargs.get("dropout")
+    is_plain = kwargs.get("position_bias") is None and not kwargs.get("dropout")
     return implementation == "sdpa" and is_decoding and is_plain
 
 

@@ -161,6 +161,8 @@ def _leave_streams(decoder: PreTrainedModel, args: tuple, kwargs: dict[str, Any]
         rest = [_caller_cache(item, streams) if isinstance(item, Cache) else item for item in output[1:]]
         return (streams(output[0]), *rest)
     output["last_hidden_state"] = streams(output["last_hidden_state"])
+    if output.get("hidden_states") is not None:
+        output["hidden_states"] = (*output["hidden_states"][:-1], output["last_hidden_state"])
     for name in _CACHES:
         if isinstance(output.get(name), Cache):
             output[name] = _caller_cache(output[name], streams)

@@ -18,6 +18,8 @@ class ParScaleLayer(nn.Module, BaseTunerLayer):
     A layer is a child named `parscale` of the module that it serves; the backbone's own modules stay what they are.
     """
 
+    other_param_names: tuple[str, ...] = ("streams_of",)
+
     def __init__(self, host: nn.Module):
         super().__init__()
         self.streams_of: dict[str, int] = {}
@@ -39,10 +41,6 @@ class ParScaleLayer(nn.Module, BaseTunerLayer):
         """P of the adapter whose streams run now; 1 for the plain backbone."""
         adapter = self.current_adapter
         return 1 if adapter is None else self.streams_of[adapter]
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        self.streams_of.pop(adapter_name, None)
-        super().delete_adapter(adapter_name)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, None]:
         # PEFT looks for `weight` on the layer that an adapter replaces; these layers stand beside their host.
@@ -67,6 +65,7 @@ class AttentionStreams(ParScaleLayer):
     """
 
     adapter_layer_names = ("parscale_prefix_k", "parscale_prefix_v")
+    other_param_names = ("streams_of", "prefix_tokens_of")
 
     def __init__(self, host: nn.Module, shape: AttentionShape):
         super().__init__(host)
@@ -98,10 +97,6 @@ class AttentionStreams(ParScaleLayer):
         self.parscale_prefix_k[adapter_name].weight.copy_(key)
         self.parscale_prefix_v[adapter_name].weight.copy_(value)
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        self.prefix_tokens_of.pop(adapter_name, None)
-        super().delete_adapter(adapter_name)
-
     def forward(self, adapter: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Prefix keys and values `[P, num_key_value_heads, n, key_size or value_size]` of one adapter, if it has any."""
         if adapter not in self.parscale_prefix_k:
@@ -119,6 +114,7 @@ class DecoderStreams(ParScaleLayer):
     """
 
     adapter_layer_names = ("parscale_aggregator",)
+    other_param_names = ("streams_of", "prefix_tokens_of")
 
     def __init__(self, host: nn.Module, hidden_size: int, attended_layers: frozenset[int], masks_per_row: bool):
         super().__init__(host)
@@ -127,6 +123,7 @@ class DecoderStreams(ParScaleLayer):
         self.masks_per_row = masks_per_row
         self.parscale_aggregator = nn.ModuleDict()
         self.prefix_tokens_of: dict[str, int] = {}
+        self.samples_may_repeat = False
         self.adapters_of_batch: list[str | None] | None = None
         self._mixed_layout: MixedLayout | None = None
 
@@ -159,7 +156,7 @@ class DecoderStreams(ParScaleLayer):
     def lay_out(self, batch_size: int, device: torch.device) -> StreamLayout:
         """Lay out a batch; `adapters_of_batch`, where set, names the adapter of every sample.
 
-        A batch several times as large repeats each sample, as `generate` does for beams.
+        A batch several times as large repeats each sample, as `generate` does for beams, if `samples_may_repeat`.
 
         Raises:
             ValueError: the batch has another number of samples than `adapters_of_batch` names.
@@ -167,7 +164,7 @@ class DecoderStreams(ParScaleLayer):
         self._mixed_layout = None
         if self.adapters_of_batch is not None:
             repeats, rest = divmod(batch_size, len(self.adapters_of_batch))
-            if rest or not repeats:
+            if rest or not repeats or (repeats > 1 and not self.samples_may_repeat):
                 raise ValueError(
                     f"`adapter_names` must name one adapter per sample, got {len(self.adapters_of_batch)} names for "
                     f"{batch_size} samples."

@@ -4,7 +4,7 @@ import copy
 from functools import lru_cache
 from typing import Any
 
-from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 from transformers.generation.continuous_batching.cache import SLIDING_ATTENTION, group_layers_by_attn_type
 from transformers.generation.continuous_batching.continuous_api import ContinuousMixin
 
@@ -39,7 +39,9 @@ def init_continuous_batching(
     continuous_batching_config = copy.copy(continuous_batching_config or ContinuousBatchingConfig())
     # Flash attention's decoding path writes into the pages itself, where a prefix can't be put in front.
     continuous_batching_config.max_blocks_per_request = 0
-    if streams.num_prefix_tokens > 0 and SLIDING_ATTENTION in group_layers_by_attn_type(model.config.get_text_config()):
+    if streams.num_prefix_tokens > 0 and SLIDING_ATTENTION in group_layers_by_attn_type(
+        model.config.get_text_config()
+    ):
         _refuse_flash_attention(model)
         continuous_batching_config.auto_switch_to_flash = False
     sized = _view_with_heads_of_streams(model, streams.layout.num_streams)

@@ -1,6 +1,7 @@
 """LoRA on the backbone that all streams of an adapter share: PEFT's own layers, under the adapter's own name."""
 
 import dataclasses
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -9,6 +10,7 @@ from typing import Any
 from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .layout import MixedLayout, StreamLayout
@@ -81,16 +83,35 @@ def inject_shared_lora(
     Raises:
         ValueError: no module matches, or one that matches can't have low-rank weights.
     """
-    own_configs = vars(model).get("peft_config")
+    config, own_configs = configs[adapter_name], vars(model).get("peft_config")
+    excluded = config.exclude_modules
+    config.exclude_modules = _and_trained_copies(excluded, model)
     model.peft_config = {name: config for name, config in configs.items() if name != adapter_name}
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute in the model")
-            inject_adapter_in_model(configs[adapter_name], model, adapter_name, low_cpu_mem_usage)
+            inject_adapter_in_model(config, model, adapter_name, low_cpu_mem_usage)
     finally:
+        config.exclude_modules = excluded
         del model.peft_config
         if own_configs is not None:
             model.peft_config = own_configs
+
+
+def _and_trained_copies(excluded: list[str] | str | None, model: nn.Module) -> list[str] | str | None:
+    """`exclude_modules` that leaves alone what `modules_to_save` of another adapter copied, too."""
+    copies = [
+        f"{name}.{child}"
+        for name, module in model.named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper)
+        for child, _ in module.named_modules()
+        if child
+    ]
+    if not copies:
+        return excluded
+    if isinstance(excluded, str):
+        return "|".join([f"({excluded})", *map(re.escape, copies)])
+    return [*(excluded or ()), *copies]
 
 
 @contextmanager

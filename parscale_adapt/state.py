@@ -137,6 +137,17 @@ def backbone_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     }
 
 
+def embedding_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the embedding and the LM head, which PEFT saves beside an adapter once they were resized."""
+    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+    return {
+        f"{name}.{key}": full_shape(parameter)
+        for name, module in model.named_modules()
+        if any(module is embedding for embedding in embeddings)
+        for key, parameter in module.named_parameters()
+    }
+
+
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """The shape of a parameter before any sharding."""
     return tuple(parameter.ds_shape if is_partitioned(parameter) else parameter.shape)

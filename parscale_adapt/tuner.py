@@ -10,18 +10,27 @@ import torch
 from peft import PeftConfig, functional
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 from .attention import STREAMS_ATTRIBUTE
 from .config import ParScaleConfig
 from .decoder import attach_stream_hooks, restore_stock_functions, route_through_streams
-from .fingerprint import backbone_fingerprint, describe_difference
+from .fingerprint import backbone_fingerprint
 from .layers import AttentionStreams, DecoderStreams, ParScaleLayer
 from .linear_layers import ProjectionStreams, attach_projection_hook
 from .paged import init_continuous_batching
-from .probe import Backbone, ObservedStates, find_decoder, probe_backbone
+from .probe import Backbone, ObservedStates, probe_backbone
 from .projections import ProjectionShape, observe_projections
+from .refusals import (
+    check_fingerprint,
+    refuse_copied_hosts,
+    refuse_loading_by_transformers,
+    refuse_second_tuner,
+    refuse_shared_ownership,
+    refuse_streams_of_its_own,
+    refuse_training_quantized_backbone,
+    refuse_unusable_name,
+)
 from .registration import PARAMETER_PREFIX, register_method
 from .shared_lora import backbone_modules, inject_shared_lora, lora_by_row, remove_idle_lora, unwrapped
 from .standalone import base_model_name, describe_streams, make_standalone, standalone_classes
@@ -30,6 +39,7 @@ from .state import (
     backbone_shapes,
     check_complete,
     checkpoint_key,
+    embedding_shapes,
     expected_adapter_shapes,
     fold_reparameterized,
     load_backbone,
@@ -44,6 +54,18 @@ class ParScaleModel(BaseTuner):
     prefix: str = PARAMETER_PREFIX
     tuner_layer_cls = (ParScaleLayer, LoraLayer)  # PEFT only hands it to isinstance
     _replace_module = LoraModel._replace_module  # knows layers that are nested around experts
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | dict[str, PeftConfig],
+        adapter_name: str,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ):
+        refuse_second_tuner(model)
+        refuse_loading_by_transformers(peft_config)
+        super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
 
     @cached_property
     def _backbone(self) -> Backbone:
@@ -61,47 +83,19 @@ class ParScaleModel(BaseTuner):
         return backbone_fingerprint(self.model)
 
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
-        decoder = self.model.get_submodule(find_decoder(self.model))
-        if not isinstance(getattr(decoder, STREAMS_ATTRIBUTE, None), ParScaleLayer | None):
-            raise ValueError(
-                f"{type(self.model).__name__} already runs in streams of its own: put adapters on its plain backbone "
-                "(`parscale import` makes an adapter of its streams)."
-            )
+        if "_backbone" not in vars(self):  # later, PEFT's wrappers may stand around the embedding
+            refuse_streams_of_its_own(self.model)
         super()._check_new_adapter_config(config)
-        owners = [name for name, other in self.peft_config.items() if other.train_backbone]
-        if owners and len(self.peft_config) > 1:
-            raise ValueError(
-                f"Adapter {owners[0]!r} has `train_backbone=True` and so owns the backbone; it can't share it with "
-                f"{sorted(set(self.peft_config) - {owners[0]})}. Load it on a backbone of its own."
-            )
-        if config.train_backbone and getattr(self.model, "is_quantized", False):
-            raise ValueError(
-                "`train_backbone=True` needs a backbone in full precision, got a quantized one: train with "
-                "`train_backbone=False`, or load the backbone without quantization."
-            )
-        self._check_fingerprint(config)
-
-    def _check_fingerprint(self, config: ParScaleConfig) -> None:
-        if config.backbone_fingerprint is None or not config.describes_saved_adapter:
-            config.backbone_fingerprint = self._fingerprint
-            return
-        difference = describe_difference(config.backbone_fingerprint, self._fingerprint)
-        if difference is None:
-            return
-        message = f"The adapter was trained on another backbone than this {type(self.model).__name__}: {difference}."
-        if config.verify_backbone:
-            raise ValueError(
-                f"{message} Load the backbone that it was trained on, or pass `verify_backbone=False` if you know "
-                "that they fit."
-            )
-        warnings.warn(f"{message} Going on because of `verify_backbone=False`.", stacklevel=2)
+        refuse_shared_ownership(self.peft_config)
+        refuse_training_quantized_backbone(self.model, config)
+        check_fingerprint(config, self._fingerprint, type(self.model).__name__)
 
     def _prepare_adapter_config(self, peft_config: ParScaleConfig, model_config: dict) -> ParScaleConfig:
         backbone = self._backbone
         # Tuples, since PEFT shortens a list of 20 or more names to common endings.
         if peft_config.num_streams == 1:
-            # Low-rank weights alone have no streams, but the decoder must know whose keys and values a cache holds.
-            peft_config.target_modules = DUMMY_TARGET_MODULES if peft_config.lora is None else (backbone.decoder_name,)
+            # No streams, but PEFT wants a layer to switch, and a cache must know whose keys and values it holds.
+            peft_config.target_modules = (backbone.decoder_name,)
         elif peft_config.stream_transform == "prefix":
             if not backbone.attention_shapes:
                 raise ValueError(
@@ -112,18 +106,8 @@ class ParScaleModel(BaseTuner):
             peft_config.target_modules = (backbone.decoder_name, *backbone.attention_shapes)
         else:
             peft_config.target_modules = (backbone.decoder_name, *self._projections)
-            self._refuse_copied_hosts(peft_config)
+            refuse_copied_hosts(peft_config, self._projections)
         return peft_config
-
-    def _refuse_copied_hosts(self, config: ParScaleConfig) -> None:
-        """PEFT trains a copy of what `modules_to_save` names, in which streams would be trained twice."""
-        for wanted in config.modules_to_save or ():
-            for name in self._projections:
-                if f".{wanted}." in f".{name}.":
-                    raise ValueError(
-                        f"`modules_to_save` names {wanted!r}, but the linear layer `{name}` in it holds what the streams "
-                        f"of `stream_transform={config.stream_transform!r}` differ by: leave it out."
-                    )
 
     def inject_adapter(
         self,
@@ -136,8 +120,10 @@ class ParScaleModel(BaseTuner):
         """Add one adapter: its streams, then the LoRA that they share.
 
         Raises:
-            ValueError: the backbone, the configuration or the shared LoRA's targets don't fit; nothing is changed.
+            ValueError: the name, the backbone, the configuration or the shared LoRA's targets don't fit; nothing is
+                changed.
         """
+        refuse_unusable_name(adapter_name)
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         config = self.peft_config[adapter_name]
         if config.lora is None:
@@ -257,19 +243,26 @@ class ParScaleModel(BaseTuner):
             return
         if self.training:
             raise ValueError("`adapter_names` mixes adapters for inference only, got a model in training mode.")
+        given = (*args, *(kwargs.get(key) for key in ("input_ids", "inputs", "inputs_embeds")))
+        samples = next((value for value in given if value is not None), None)  # PEFT passes them for `generate` only
+        if samples is not None and len(names) != len(samples):
+            raise ValueError(
+                f"`adapter_names` must name one adapter per sample, got {len(names)} names for {len(samples)} samples."
+            )
         unknown = sorted(set(names) - self.peft_config.keys() - {"__base__"})
         if unknown:
             raise ValueError(f"`adapter_names` must name loaded adapters, {sorted(self.peft_config)}, got {unknown}.")
-        with self._mixed_adapters([None if name == "__base__" else name for name in names]):
+        with self._mixed_adapters([None if name == "__base__" else name for name in names], samples is not None):
             yield
 
     @contextmanager
-    def _mixed_adapters(self, adapters: list[str | None]) -> Iterator[None]:
+    def _mixed_adapters(self, adapters: list[str | None], may_repeat: bool) -> Iterator[None]:
         streams = getattr(self.model.get_submodule(self._backbone.decoder_name), STREAMS_ATTRIBUTE, None)
         if streams is None:  # no adapter has more than one stream
             yield
             return
         streams.adapters_of_batch = [name if name in streams.streams_of else None for name in adapters]
+        streams.samples_may_repeat = may_repeat
         try:
             with lora_by_row(self.model, lambda: streams.layout):
                 yield
@@ -290,6 +283,14 @@ class ParScaleModel(BaseTuner):
         for module in list(self.model.modules()):
             if isinstance(getattr(module, STREAMS_ATTRIBUTE, None), ParScaleLayer):
                 delattr(module, STREAMS_ATTRIBUTE)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Refused: what several streams do is no single set of weights.
+
+        Raises:
+            ValueError: always; nothing is changed.
+        """
+        raise ValueError("ParScale adapters can't be merged in place: use `merge_and_unload`.")
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
@@ -366,6 +367,8 @@ class ParScaleModel(BaseTuner):
         refuse_reparameterized(model, adapter_name)
         expected = expected_adapter_shapes(model, adapter_name) | saved_module_shapes(model, adapter_name)
         backbone = backbone_shapes(model) if config.train_backbone else {}
+        embeddings = embedding_shapes(model)
+        expected |= {name: embeddings[name] for name in state_dict.keys() & embeddings.keys() - backbone.keys()}
         model_keys = {checkpoint_key(key, adapter_name): key for key in (*expected, *backbone)}
         remapped = {model_keys.get(key, key): tensor for key, tensor in state_dict.items()}
         check_complete(remapped, expected | backbone, "The adapter file")

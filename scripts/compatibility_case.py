@@ -18,7 +18,8 @@ from parscale_adapt import ParScaleConfig
 Inputs = dict[str, torch.Tensor]
 
 NUM_STREAMS, NUM_PREFIX_TOKENS = 3, 3
-BATCH_SIZE, LENGTH, NUM_PADDING = 2, 13, 3
+BATCH_SIZE, LENGTH, NUM_PADDING = 2, 20, 3
+SHORT_LENGTH = 9  # few queries take another road through attention than many
 PADDING_TOKEN = 5  # not the configuration's, whose embedding may be zero
 
 
@@ -78,6 +79,11 @@ class Case:
         mask = torch.ones_like(self.input_ids)
         mask[0, :NUM_PADDING] = 0
         return self._masked(self.input_ids, mask)
+
+    @property
+    def short(self) -> Inputs:
+        """The start of `ragged`."""
+        return {name: tensor[:, :SHORT_LENGTH] for name, tensor in self.ragged.items()}
 
     def moved_right(self, num_padding: int) -> Inputs:
         """Both rows behind `num_padding` masked tokens."""

@@ -242,10 +242,10 @@ def brute_force(case: Case) -> str:
         raise NotApplicable("more rows change the plain backbone's logits")
     with tempfile.TemporaryDirectory() as folder:
         case.model.save_pretrained(folder)
-        for inputs in (case.plain, case.ragged):
+        for inputs in (case.plain, case.ragged, case.short):
             found = logits_of(case.model, inputs)
             expected = logits_by_brute_force(case.fresh_backbone("eager"), Path(folder), inputs)
-            real = inputs.get("attention_mask", torch.ones_like(case.input_ids)).bool()
+            real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
             require_close(found[real], expected[real], "logits")
             if distance(found, logits_of(case.backbone, inputs)) < 100 * TOLERANCE:
                 raise Broken("the streams hardly change the backbone's logits, so that nothing is shown")

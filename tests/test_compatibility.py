@@ -119,7 +119,7 @@ def by_other_rows(output, layer, kwargs):
 
 
 def while_caching(output, layer, kwargs):
-    return output * 1.5 if kwargs.get("past_key_values") is not None else output
+    return output.flip(-1) if kwargs.get("past_key_values") is not None else output
 
 
 def while_checkpointing(output, layer, kwargs):

@@ -73,7 +73,7 @@ INPUTS = {
     "unpadded": lambda: {"input_ids": random_tokens(2, 9)},
     "left": lambda: padded("left"),
     "right": lambda: padded("right"),
-    "one left": lambda: {name: tensor[1:2] for name, tensor in padded("left").items()},
+    "mask and lengths": lambda: packed_by_lengths() | padded("left"),  # the mask tells
     "packed": packed,
     "lengths": packed_by_lengths,
     "one document": lambda: packed_by_lengths((9,)),

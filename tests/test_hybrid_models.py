@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from tiny_models import random_tokens
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 from parscale_adapt import ParScaleConfig
 
@@ -110,7 +110,7 @@ def test_padding_changes_no_token(model_type):
 def test_a_returned_cache_has_the_batch_of_the_caller_and_goes_on(model_type):
     model, input_ids = streams_of(model_type), random_tokens(2, 8)  # one chunk of the plain backbones' scans
     name = "cache_params" if model_type in WITHOUT_ATTENTION else "past_key_values"
-    positions = {"position_ids": torch.full((2, 1), 6)} if model_type in HYBRIDS else {}
+    positions = {"position_ids": torch.full((2, 1), 6)} if model_type in HYBRIDS else {}  # bamba doesn't count
     expected = model(input_ids=input_ids, use_cache=False).logits
     output = model(input_ids=input_ids[:, :6], use_cache=True)
     logits, cache = [output.logits], output[name]
@@ -151,11 +151,21 @@ def test_a_cache_follows_no_switch_of_the_adapter_until_it_is_emptied(model_type
     made_inside = model(input_ids=random_tokens(2, 8), use_cache=True)[name]
     model.set_adapter("four")
     for filled in (cache, made_inside):
-        with pytest.raises(ValueError, match="filled by the adapter 'default' and can't be continued by the adapter 'four'"):
+        with pytest.raises(
+            ValueError, match="filled by the adapter 'default' and can't be continued by the adapter 'four'"
+        ):
             model(input_ids=random_tokens(2, 1), use_cache=True, **{name: filled})
     for adapter in ("four", "default", "four"):
         model.set_adapter(adapter)
         assert torch.equal(generate(model, **STATIC), generate(model, use_cache=False))  # `generate` keeps its cache
+
+
+@pytest.mark.parametrize("build", [backbone, streams_of])
+def test_continuous_batching_is_as_far_as_transformers_takes_it(build):
+    """It has pages for keys and values only."""
+    model = build("qwen3_next")
+    with pytest.raises(ValueError, match="Invalid layer type: linear_attention"):
+        model.generate_batch([[5, 6, 7]], generation_config=GenerationConfig(eos_token_id=-1), warmup=False)
 
 
 def test_prompt_lookup_takes_back_guesses_from_convolutions():

@@ -24,7 +24,6 @@ from peft_methods import (
     GREEDY,
     METHODS,
     PARSCALE,
-    SEVERAL,
     adapted,
     add,
     close,
@@ -144,10 +143,7 @@ def test_deleting_the_active_adapter_activates_another_and_deleting_all_leaves_t
     assert torch.equal(outputs(model.base_model), plain(model_type))
 
 
-KEPT = pytest.mark.xfail(strict=True, reason="`DecoderStreams.prefix_tokens_of` keeps the name")
-
-
-@pytest.mark.parametrize("method", [pytest.param(m, marks=[KEPT] if m in PARSCALE else []) for m in METHODS])
+@pytest.mark.parametrize("method", METHODS)
 def test_no_layer_remembers_a_deleted_adapter(method):
     model = adapted(method)
     add(model, method, "deleted")
@@ -196,7 +192,6 @@ def test_the_named_adapter_is_merged_in_a_copy_without_touching_the_original(met
 
 
 @pytest.mark.parametrize("method", PARSCALE)
-@pytest.mark.xfail(strict=True, reason="NotImplementedError without a word, and shared LoRA stays half merged")
 def test_merging_in_place_is_refused_and_changes_nothing(method):
     model = adapted(method)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -223,14 +218,9 @@ def test_a_safe_merge_refuses_low_rank_weights_that_are_no_numbers(method):
         model.merge_and_unload(safe_merge=True)
 
 
-REPEATED = pytest.mark.xfail(strict=True, reason="too few names are repeated, as for beams, and run over the batch")
-
-
 @pytest.mark.parametrize("names", [["default"], ["default"] * 3])
 @pytest.mark.parametrize("method", METHODS)
-def test_as_many_names_as_samples_are_asked_for(request, method, names):
-    if method in PARSCALE and len(names) == 1:
-        request.applymarker(REPEATED)
+def test_as_many_names_as_samples_are_asked_for(method, names):
     model = adapted(method)
     with pytest.raises(ValueError, match="`adapter_names`"):
         model(input_ids=random_tokens(2), adapter_names=names)
@@ -249,11 +239,8 @@ def test_names_are_taken_in_evaluation_for_loaded_adapters_and_not_while_disable
         model.train()(input_ids=random_tokens(), adapter_names=["default"] * 2)
 
 
-WITH_TRACES = pytest.mark.xfail(strict=True, reason="a refused name leaves a layer and hooks on the backbone")
-
-
 @pytest.mark.parametrize("name", ["", "a.b", "keys"])
-@pytest.mark.parametrize("method", [pytest.param(m, marks=[WITH_TRACES] if m in SEVERAL else []) for m in METHODS])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_name_that_no_module_can_have_is_refused_and_leaves_the_backbone_as_it_was(method, name):
     model = adapted(method)
     with pytest.raises((KeyError, ValueError)):
@@ -268,7 +255,6 @@ def test_a_name_that_no_module_can_have_is_refused_and_leaves_the_backbone_as_it
     assert torch.equal(outputs(backbone), plain())
 
 
-@pytest.mark.xfail(strict=True, reason="`checkpoint_key` takes it for PEFT's wrapper: the file can't be read again")
 def test_a_name_that_files_cannot_hold_is_refused():
     with pytest.raises(ValueError, match="base_layer"):
         adapted("prefix", adapter_name="base_layer")
@@ -350,10 +336,7 @@ def test_the_status_tells_what_is_there(method):
 @torch.no_grad()
 @pytest.mark.parametrize(
     "method",
-    [
-        pytest.param(m, marks=pytest.mark.xfail(strict=True, reason="P * B rows")) if m in SEVERAL else m
-        for m in METHODS
-    ],
+    METHODS,
 )
 def test_the_last_hidden_state_is_what_the_lm_head_sees(method):
     model = adapted(method)
@@ -361,7 +344,6 @@ def test_the_last_hidden_state_is_what_the_lm_head_sees(method):
     close(model.get_output_embeddings()(result.hidden_states[-1]), result.logits)
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="PEFT finds no layer of the adapter")
 def test_one_stream_without_any_tensor_is_disabled_and_reported_as_other_adapters():
     model = get_peft_model(tiny_model(), config("one stream")).eval()
     with model.disable_adapter():

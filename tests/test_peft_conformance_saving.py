@@ -291,12 +291,7 @@ def test_trained_copies_of_modules_follow_their_adapter(tmp_path, method):
     assert tensors_of(model, "second") == set()
 
 
-UNEXPECTED = pytest.mark.xfail(strict=True, raises=ValueError, reason="the saved embeddings are refused as unexpected")
-
-
-@pytest.mark.parametrize(
-    "method", ["LoRA", *(pytest.param(m, marks=UNEXPECTED) for m in ("prefix", "one stream with LoRA"))]
-)
+@pytest.mark.parametrize("method", ["LoRA", "prefix", "one stream with LoRA"])
 @pytest.mark.parametrize("resized", [False, True])
 def test_embeddings_that_peft_saves_too_are_loaded(tmp_path, method, resized):
     tiny_model().save_pretrained(tmp_path / "backbone")
@@ -317,13 +312,9 @@ COPIES = {
     "prefix": {"modules_to_save": ["embed_tokens"]},
     "prefix and LoRA": {"modules_to_save": ["lm_head"]},
 }
-NOT_TWICE = {
-    "prefix": pytest.mark.xfail(strict=True, raises=ValueError, reason="`find_decoder` refuses PEFT's wrapper"),
-    "prefix and LoRA": pytest.mark.xfail(strict=True, reason="'all-linear' takes the first adapter's copy"),
-}
 
 
-@pytest.mark.parametrize("method", [pytest.param(m, marks=NOT_TWICE[m]) if m in NOT_TWICE else m for m in COPIES])
+@pytest.mark.parametrize("method", COPIES)
 def test_two_adapters_with_trained_copies_of_modules_are_saved(tmp_path, method):
     model = adapted(method, **COPIES[method])
     add(model, method, "second", **COPIES[method])

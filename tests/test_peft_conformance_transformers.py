@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from peft_methods import METHODS, PARSCALE, adapted, config, outputs, plain, stir, trainable
+from peft_methods import METHODS, adapted, config, outputs, plain, stir, trainable
 from tiny_models import random_tokens, tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -46,12 +46,7 @@ def test_a_transformers_model_saves_what_a_peft_model_saves(tmp_path, method):
     assert not (tmp_path / "own" / "model.safetensors").exists()
 
 
-NOT_LOADED = pytest.mark.xfail(
-    strict=True, reason="transformers draws new tensors instead of loading those of the file"
-)
-
-
-@pytest.mark.parametrize("method", [pytest.param(m, marks=[NOT_LOADED] if m in PARSCALE else []) for m in METHODS])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("by_auto_class", [False, True])
 def test_a_saved_adapter_is_loaded_or_refused_by_transformers(tmp_path, method, by_auto_class):
     tiny_model().save_pretrained(tmp_path / "backbone")
@@ -68,12 +63,7 @@ def test_a_saved_adapter_is_loaded_or_refused_by_transformers(tmp_path, method, 
     assert torch.equal(outputs(model), outputs(reference) if method == "LoRA" else plain())
 
 
-TWICE = pytest.mark.xfail(
-    strict=True, reason="a second `ParScaleModel` probes with the streams, and lacks the hooks, of the first"
-)
-
-
-@pytest.mark.parametrize("method", [pytest.param(m, marks=[TWICE] if m in PARSCALE else []) for m in METHODS])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("by_transformers", [False, True])
 def test_a_backbone_that_has_an_adapter_is_given_another_or_refused(method, by_transformers):
     backbone = own(method)

@@ -42,6 +42,7 @@ CORE = (
     "linear_layers",
     "start",
     "state",
+    "refusals",
     "tuner",
     "grow",
     "qwen2_parscale",
