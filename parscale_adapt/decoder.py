@@ -153,6 +153,9 @@ def _leave_streams(decoder: PreTrainedModel, args: tuple, kwargs: dict[str, Any]
     streams = getattr(decoder, STREAMS_ATTRIBUTE)
     layout = streams.layout
     if layout.num_streams == 1:
+        for item in output if isinstance(output, tuple) else output.values():
+            if isinstance(item, Cache):
+                mark_cache(item, streams.cache_owner)
         return None
     view = next((kwargs[name] for name in _CACHES if isinstance(kwargs.get(name), Cache)), None)
     if view is not None:

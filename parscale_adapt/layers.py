@@ -130,7 +130,8 @@ class DecoderStreams(ParScaleLayer):
     def update_layer(self, adapter_name: str, config: ParScaleConfig) -> None:
         """Add the aggregator of one adapter; one stream needs none."""
         self.streams_of[adapter_name] = config.num_streams
-        self.prefix_tokens_of[adapter_name] = config.num_prefix_tokens if config.stream_transform == "prefix" else 0
+        has_prefix = config.num_streams > 1 and config.stream_transform == "prefix"
+        self.prefix_tokens_of[adapter_name] = config.num_prefix_tokens if has_prefix else 0
         if config.num_streams > 1:
             aggregator_class = AGGREGATORS[config.aggregator]
             aggregator = aggregator_class(self.hidden_size, config.num_streams, config.aggregator_smoothing)

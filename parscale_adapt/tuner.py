@@ -11,6 +11,7 @@ from peft import PeftConfig, functional
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
+from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from .attention import STREAMS_ATTRIBUTE
 from .config import ParScaleConfig
@@ -269,6 +270,19 @@ class ParScaleModel(BaseTuner):
         finally:
             streams.end_mixed_batches()
 
+    def generate_batch(self, *args, **kwargs) -> dict[str, GenerationOutput]:
+        """transformers' continuous batching, under the active adapter.
+
+        Raises:
+            ValueError: `adapter_names` is given, which transformers would ignore.
+        """
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "Continuous batching runs one adapter for all requests, got `adapter_names`: call `set_adapter`, or mix "
+                "adapters in a batch by `generate`."
+            )
+        return self.model.generate_batch(*args, **kwargs)
+
     def unload(self) -> nn.Module:
         """The plain backbone, without any trace of streams."""
         self._detach_streams()
@@ -277,6 +291,7 @@ class ParScaleModel(BaseTuner):
     def _detach_streams(self) -> None:
         for hook in self.__dict__.pop("_stream_hooks", []):
             hook.remove()
+        self.model.destroy_cached_continuous_batching_manager()
         self.model.__dict__.pop("init_continuous_batching", None)
         for name in (self._backbone.decoder_name, *self._backbone.attention_shapes):
             restore_stock_functions(self.model.get_submodule(name))

@@ -158,7 +158,7 @@ def test_a_cache_filled_under_another_adapter_is_refused(first, second):
     if first == second:
         assert model(input_ids=random_tokens(), past_key_values=cache).logits.isfinite().all()
         return
-    names = ["the plain backbone" if name == "one" else f"the adapter '{name}'" for name in (first, second)]
+    names = [f"the adapter '{name}'" for name in (first, second)]
     message = f"`past_key_values` was filled by {names[0]} and can't be continued by {names[1]}: start again"
     with pytest.raises(ValueError, match=message):
         model(input_ids=random_tokens(), past_key_values=cache)

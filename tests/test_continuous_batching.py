@@ -192,3 +192,16 @@ def test_latent_attention_is_as_far_as_transformers_takes_it(has_streams):
     model = with_streams(model, 3) if has_streams else model
     with pytest.raises(AssertionError, match="must have same slice shapes"):
         generated_tokens(model, PROMPTS[:1])
+
+
+def test_adapters_per_request_are_refused():
+    with pytest.raises(ValueError, match="Continuous batching runs one adapter for all requests, got `adapter_names`"):
+        streams_of().generate_batch(PROMPTS, adapter_names=["default"] * len(PROMPTS))
+
+
+def test_a_kept_manager_does_not_outlive_the_streams():
+    model = streams_of()
+    generated_tokens(model, persistent_manager=True)
+    backbone = model.unload()
+    assert getattr(backbone, "_cached_continuous_batching_manager", None) is None
+    assert generated_tokens(backbone) == expected_tokens(backbone)
