@@ -203,7 +203,7 @@ def test_a_cache_is_not_continued_by_another_adapter(first):
         if first == second:
             model(input_ids=random_tokens(length=1), past_key_values=cache)
             continue
-        owners = [f"the adapter '{name}'" if name != "p1" else "the plain backbone" for name in (first, second)]
+        owners = [f"the adapter '{name}'" for name in (first, second)]
         with pytest.raises(ValueError, match=f"was filled by {owners[0]} and can't be continued by {owners[1]}"):
             model(input_ids=random_tokens(length=1), past_key_values=cache)
 

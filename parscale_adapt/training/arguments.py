@@ -21,7 +21,10 @@ class BackboneArguments:
     )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a hub model."})
     dtype: str = field(default="float32", metadata={"help": "Type of the backbone's weights, e.g. bfloat16."})
-    attn_implementation: str = field(default="sdpa", metadata={"help": "Attention implementation: sdpa or eager."})
+    attn_implementation: str = field(
+        default="sdpa",
+        metadata={"help": "Attention: sdpa, eager, flex_attention, flash_attention_2 or flash_attention_3."},
+    )
     load_in_4bit: bool = field(default=False, metadata={"help": "Load the frozen backbone in bitsandbytes NF4."})
     adapter_name_or_path: str | None = field(
         default=None, metadata={"help": "Go on training the streams of this adapter instead of new ones."}

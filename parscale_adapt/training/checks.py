@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 
+from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
 from trl import SFTConfig
 
 from ..attention import SUPPORTED_IMPLEMENTATIONS
@@ -110,6 +111,12 @@ def check_run(streams: ParScaleArguments, backbone: BackboneArguments, training:
     for combination in FORBIDDEN_COMBINATIONS:
         if combination.properties <= properties:
             raise ValueError(f"{' with '.join(sorted(combination.properties))} can't run: {combination.reason}.")
+    is_installed = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
+    if backbone.attn_implementation in is_installed and not is_installed[backbone.attn_implementation](True):
+        raise ValueError(
+            f"`attn_implementation={backbone.attn_implementation!r}` needs a package that isn't installed for this GPU: "
+            "install it, or take 'sdpa'."
+        )
     if backbone.attn_implementation not in SUPPORTED_IMPLEMENTATIONS:
         raise ValueError(
             f"`attn_implementation` must be one of {', '.join(SUPPORTED_IMPLEMENTATIONS)} for streams, got "
