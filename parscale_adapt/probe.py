@@ -194,7 +194,7 @@ def _observe_routes(model: PreTrainedModel) -> tuple[frozenset[int], bool]:
     inputs = {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
     with evaluating(model), gathered_parameters(model), observe_attention(model, observer):
         own_cache = decoder(**inputs, use_cache=True).get("past_key_values")
-        if own_cache is not None and type(own_cache) is not DynamicCache:
+        if own_cache is not None and type(own_cache).__module__ != cache_utils.__name__:
             raise ValueError(
                 f"{type(model).__name__} makes a cache of its own ({type(own_cache).__name__}), in which streams can't be "
                 "laid out."
