@@ -12,6 +12,7 @@ os.environ.update(
 )
 
 import pathlib
+import sys
 
 import pytest
 import torch
@@ -49,3 +50,21 @@ def recipes(tmp_path_factory):
     server = RecipeServer(tmp_path_factory.mktemp("recipes"))
     yield server
     server.close()
+
+
+@pytest.fixture
+def parscale(monkeypatch, capsys):
+    """Runs the command in this process and gives back exit code, output and errors."""
+    from parscale_adapt.cli import main
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["parscale", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run

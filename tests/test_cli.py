@@ -21,23 +21,6 @@ PNG_START = b"\x89PNG"
 
 
 @pytest.fixture
-def parscale(monkeypatch, capsys):
-    """Runs the command in this process and gives back exit code, output and errors."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["parscale", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
-@pytest.fixture
 def runs_csv(tmp_path):
     lines = ["num_params,num_streams,loss"]
     for size in (1e6, 2e6, 4e6, 8e6):

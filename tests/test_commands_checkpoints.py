@@ -2,29 +2,11 @@
 
 import json
 import pathlib
-import sys
 
 import pytest
 from published_checkpoints import change_tensors, save_backbone, save_published
 
-from parscale_adapt import __version__, cli
-
-
-@pytest.fixture
-def parscale(monkeypatch, capsys):
-    """Runs the command in this process and gives back exit code, output and errors."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["parscale", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
+from parscale_adapt import __version__
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """`parscale diagnose` on an adapter folder and a text file: tables, JSON, picture, and one sentence for bad input."""
 
 import json
-import sys
 from itertools import chain
 
 import pytest
@@ -9,26 +8,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import tiny_model, with_streams
 
-from parscale_adapt import cli
 from parscale_adapt.analysis.diagnostics import diagnose
 from parscale_adapt.data import PackedCollator, TextSource, load_source, pack_dataset, train_tokenizer
 
 
 TEXTS = [f"def f{index}(x):\n    return x + {index}\n" for index in range(12)]
-
-
-@pytest.fixture
-def parscale(monkeypatch, capsys):
-    """Runs the command in this process and gives back exit code, output and errors."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["parscale", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        captured = capsys.readouterr()
-        return stop.value.code or 0, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -17,23 +17,13 @@ from ..aggregator import Aggregator
 from ..config import ParScaleConfig
 from ..fingerprint import describe_difference
 from ..prefix import ReparameterizedPrefix
+from ..standalone import STREAM_FIELDS
 from .saving import forget_verified, record_verified, verify_save, whole_state
 from .stream_statistics import stream_statistics
 
 
 UNFOLDED_FILE = "unfolded_state.safetensors"
-_STREAM_SETTINGS = (
-    "num_streams",
-    "stream_transform",
-    "num_prefix_tokens",
-    "stream_lora_rank",
-    "stream_lora_alpha",
-    "aggregator",
-    "aggregator_smoothing",
-    "init_weights",
-    "train_backbone",
-    "lora",
-)
+_STREAM_SETTINGS = (*STREAM_FIELDS, "init_weights", "train_backbone", "lora")
 
 
 class StreamTrainer(SFTTrainer):
