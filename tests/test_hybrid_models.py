@@ -116,6 +116,7 @@ def test_a_returned_cache_has_the_batch_of_the_caller_and_goes_on(model_type):
     logits, cache = [output.logits], output[name]
     for token in (6, 7):
         states = [layer.conv_states[0] for layer in cache.layers if hasattr(layer, "conv_states")]
+        states = [state for state in states if state is not None]  # transformers 5.20 has layers without any
         assert states
         assert all(len(state) == 2 for state in states)
         output = model(input_ids=input_ids[:, token : token + 1], use_cache=True, **{name: cache}, **positions)
