@@ -11,6 +11,7 @@ os.environ.update(
     OPENBLAS_NUM_THREADS="1",
 )
 
+import importlib.util
 import pathlib
 import sys
 
@@ -57,8 +58,12 @@ def parscale(monkeypatch, capsys):
     """Runs the command in this process and gives back exit code, output and errors."""
     from parscale_adapt.cli import main
 
+    if importlib.util.find_spec("deepspeed"):  # says once, on stdout, what it runs on
+        importlib.import_module("deepspeed.accelerator").get_accelerator()
+
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["parscale", *map(str, arguments)])
+        capsys.readouterr()  # what fixtures wrote
         try:
             main()
             code = 0
