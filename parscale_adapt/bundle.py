@@ -79,12 +79,11 @@ def joined_code(names: ClassNames, sources: Mapping[str, str], version: str) -> 
     Raises:
         ValueError: two modules of the package define the same public name, or import what can't be joined.
     """
-    modules = _modules_in_order()
-    renamed = _clashing_private_names(modules)
+    modules = {_stem(module): (source, ast.parse(source)) for module, source in _modules_in_order().items()}
+    renamed = _clashing_private_names({name: tree for name, (_, tree) in modules.items()})
     imports: dict[str, set[str]] = {}
     bodies = []
-    for name, tree in modules.items():
-        source = (_PACKAGE / f"{name}.py").read_text(encoding="utf-8")
+    for name, (source, tree) in modules.items():
         for module, imported in _absolute_imports(name, tree):
             imports.setdefault(module, set()).add(imported)
         body = _without_imports(_with_replacement(name, source), tree)
@@ -104,21 +103,37 @@ def joined_code(names: ClassNames, sources: Mapping[str, str], version: str) -> 
     return "\n\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
-def _modules_in_order() -> dict[str, ast.Module]:
-    """Name and parsed source of every module that `modeling.py` needs, each after those that it imports."""
-    found: dict[str, ast.Module] = {}
+def _modules_in_order() -> dict[str, str]:
+    """Source of every module that the entry needs, each after those that it imports, by its dotted path in the package.
 
-    def add(name: str) -> None:
-        if name in found:
+    Raises:
+        ValueError: two of them have the same last name, which is what a joined file calls them by.
+    """
+    found: dict[str, str] = {}
+
+    def add(module: str) -> None:
+        if module in found:
             return
-        tree = ast.parse((_PACKAGE / f"{name}.py").read_text(encoding="utf-8"))
-        for node in tree.body:
-            if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module:
-                add(node.module)
-        found[name] = tree
+        source = _PACKAGE.joinpath(*module.split(".")).with_suffix(".py").read_text(encoding="utf-8")
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.ImportFrom) and node.level and node.module:
+                add(_imported_module(module, node))
+        if _stem(module) in map(_stem, found):
+            raise ValueError(f"Two modules that are joined are named {_stem(module)!r}: rename one of them.")
+        found[module] = source
 
     add(_ENTRY)
     return found
+
+
+def _imported_module(module: str, node: ast.ImportFrom) -> str:
+    """The dotted path, from the package on, of what a relative import in `module` names."""
+    folders = module.split(".")[: -node.level]
+    return ".".join([*folders, node.module or ""])
+
+
+def _stem(module: str) -> str:
+    return module.rpartition(".")[2]
 
 
 def _absolute_imports(module: str, tree: ast.Module) -> Iterator[tuple[str, str]]:
@@ -128,10 +143,10 @@ def _absolute_imports(module: str, tree: ast.Module) -> Iterator[tuple[str, str]
             continue
         level, source = (node.level, node.module) if isinstance(node, ast.ImportFrom) else (0, None)
         is_renamed = any(alias.asname for alias in node.names)
-        if node not in tree.body or level > 1 or (level == 1 and (is_renamed or source is None)):
+        if node not in tree.body or (level and (is_renamed or source is None)):
             raise ValueError(
                 f"{module}.py, line {node.lineno}: an import that can't be joined to one file; import plain names of a "
-                "neighbouring module, at the top."
+                "module of the package, at the top."
             )
         if source is None:
             yield "", ast.unparse(node)

@@ -68,7 +68,9 @@ def test_it_registers_its_attention_under_a_name_of_its_own(code):
 
 def joined(monkeypatch, tmp_path, **modules):
     for name, source in modules.items():
-        (tmp_path / f"{name}.py").write_text(source)
+        path = tmp_path.joinpath(*name.split(".")).with_suffix(".py")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(source)
     monkeypatch.setattr(bundle, "_PACKAGE", tmp_path)
     names = bundle.ClassNames("t", "C", "M", "L", "SC", "SM", "SL")
     return bundle.joined_code(names, {"SC": "a.b", "SM": "a.c", "SL": "a.c"}, "1")
@@ -87,6 +89,30 @@ def test_private_names_that_clash_are_told_apart(monkeypatch, tmp_path):
     exec(body, values)
     assert values["h"] == 11
     assert "# comes along" in body
+
+
+def test_imports_are_followed_into_folders_and_back(monkeypatch, tmp_path):
+    code = joined(
+        monkeypatch,
+        tmp_path,
+        **{
+            "modeling": "from .core.first import f\n\nh = f()\n",
+            "core.first": "from .second import g\nfrom ..root import ten\n\n\ndef f():\n    return g() + ten\n",
+            "core.second": "def g():\n    return 1\n",
+            "root": "ten = 10\n",
+        },
+    )
+    body = code[: code.index("class C(")].replace("from a.b import SC\n", "").replace("from a.c import SL, SM\n", "")
+    values = {}
+    exec(body, values)
+    assert values["h"] == 11
+
+
+def test_two_modules_of_one_name_are_refused(monkeypatch, tmp_path):
+    modules = {"modeling": "from .core.other import f\nfrom .hf.other import g\n"}
+    modules |= {"core.other": "def f(): ...\n", "hf.other": "def g(): ...\n"}
+    with pytest.raises(ValueError, match="named 'other'"):
+        joined(monkeypatch, tmp_path, **modules)
 
 
 @pytest.mark.parametrize(
