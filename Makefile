@@ -17,9 +17,9 @@ test-lowest:
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt torch
 	.venv-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable '.[dev]'
-	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n 2 tests/test_golden.py tests/test_tuner.py tests/test_state.py \
-		tests/test_decoder.py tests/test_cache.py tests/test_training.py tests/test_data_resume.py \
-		tests/test_checkpoints_golden.py tests/test_checkpoints_standalone.py tests/test_standalone.py
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n 2 tests/models/test_golden.py tests/tuner/test_model.py tests/tuner/test_state.py \
+		tests/hf/test_decoder.py tests/hf/test_cache.py tests/training/test_trainer.py tests/data/test_resume.py \
+		tests/checkpoints/test_golden.py tests/checkpoints/test_standalone.py tests/models/test_standalone.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

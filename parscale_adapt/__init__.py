@@ -3,10 +3,10 @@
 Importing the package registers the method with PEFT and the model type `qwen2_parscale` with transformers.
 """
 
-from .config import ParScaleConfig
-from .grow import grow_streams
-from .qwen2_parscale import Qwen2ParScaleConfig, Qwen2ParScaleForCausalLM, Qwen2ParScaleModel
-from .tuner import ParScaleModel
+from .models.qwen2_parscale import Qwen2ParScaleConfig, Qwen2ParScaleForCausalLM, Qwen2ParScaleModel
+from .tuner.config import ParScaleConfig
+from .tuner.grow import grow_streams
+from .tuner.model import ParScaleModel
 from .version import __version__
 
 

@@ -10,16 +10,16 @@ from collections.abc import Callable
 
 import typer
 
-from parscale_adapt.commands.chat import chat
-from parscale_adapt.commands.cost import cost
-from parscale_adapt.commands.diagnose import diagnose
-from parscale_adapt.commands.export import export
-from parscale_adapt.commands.fit_law import fit_law
-from parscale_adapt.commands.import_checkpoint import import_checkpoint
-from parscale_adapt.commands.inspect import inspect
-from parscale_adapt.commands.predict import predict
-from parscale_adapt.commands.serve import serve
-from parscale_adapt.commands.verify import verify
+from .commands.chat import chat
+from .commands.cost import cost
+from .commands.diagnose import diagnose
+from .commands.export import export
+from .commands.fit_law import fit_law
+from .commands.import_checkpoint import import_checkpoint
+from .commands.inspect import inspect
+from .commands.predict import predict
+from .commands.serve import serve
+from .commands.verify import verify
 
 
 COMMANDS: dict[str, Callable[..., None]] = {

@@ -16,7 +16,6 @@ from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import SFTConfig, TrlParser
 
-from parscale_adapt.config import ParScaleArguments
 from parscale_adapt.data import (
     LoadedSource,
     PackedCollator,
@@ -40,6 +39,7 @@ from parscale_adapt.training import (
     run_recipe,
     trainable_model,
 )
+from parscale_adapt.tuner.config import ParScaleArguments
 
 
 DEMO = Path(__file__).parent / "configs" / "cpt" / "demo.yaml"

@@ -15,7 +15,6 @@ from pathlib import Path
 from transformers import AutoTokenizer
 from trl import SFTConfig, TrlParser
 
-from parscale_adapt.config import ParScaleArguments
 from parscale_adapt.data import check_rows
 from parscale_adapt.training import (
     BackboneArguments,
@@ -31,6 +30,7 @@ from parscale_adapt.training import (
     run_recipe,
     trainable_model,
 )
+from parscale_adapt.tuner.config import ParScaleArguments
 
 
 DEMO = Path(__file__).parent / "configs" / "sft" / "demo.yaml"

@@ -17,12 +17,10 @@ import sys
 
 import pytest
 import torch
-from recipe_runs import Material, RecipeServer
+from support.recipe_runs import Material, RecipeServer
 
 
 torch.set_num_threads(1)  # tiny models on few cores
-
-SHARED = pathlib.Path(os.environ.get("PARSCALE_SHARED", pathlib.Path(__file__).parents[2] / "shared"))
 
 
 @pytest.fixture(autouse=True)
@@ -33,10 +31,7 @@ def _seeded():
 @pytest.fixture(scope="session")
 def golden():
     """The folder of reference data of the published model."""
-    folder = SHARED / "golden"
-    if not folder.is_dir():
-        pytest.skip(f"golden data of the published model not found at {folder} (set PARSCALE_SHARED)")
-    return folder
+    return pathlib.Path(__file__).parent / "golden"
 
 
 @pytest.fixture(scope="session")

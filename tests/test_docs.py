@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from tiny_models import VOCABULARY, tiny_model
+from support.tiny_models import VOCABULARY, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding
 
 

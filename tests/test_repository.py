@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import pathlib
+import sys
 
 import pytest
 
@@ -12,42 +13,25 @@ PACKAGE = ROOT / "parscale_adapt"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = sorted(path for folder in ("recipes", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
 
-# Every core module may import those before it. `qwen2_parscale` stands beside the PEFT method.
-CORE = (
-    "version",
-    "bundle",
-    "streams",
-    "aggregator",
-    "prefix",
-    "transforms",
-    "layout",
-    "config_view",
-    "joined",
-    "varlen",
-    "attention",
-    "masks",
-    "cache",
-    "decoder",
-    "paged",
-    "modeling",
-    "observer",
-    "probe",
-    "standalone",
-    "fingerprint",
-    "projections",
-    "registration",
-    "shared_lora",
-    "config",
-    "layers",
-    "linear_layers",
-    "start",
-    "state",
-    "refusals",
-    "tuner",
-    "grow",
-    "qwen2_parscale",
+# Which folder may import which: of every pair the second may import the first, never the other way.
+FOLDERS = (
+    ("core", "hf"),
+    ("hf", "models"),
+    ("models", "tuner"),
+    ("tuner", "training"),
+    ("tuner", "checkpoints"),
+    ("tuner", "analysis"),
+    ("tuner", "serving"),
+    ("data", "training"),
+    ("data", "commands"),
+    ("checkpoints", "serving"),
+    ("training", "commands"),
+    ("checkpoints", "commands"),
+    ("analysis", "commands"),
+    ("serving", "commands"),
 )
-WITHOUT_PEFT = CORE[: CORE.index("registration")]
+LEAVES = ("version",)  # may be imported from everywhere, and import nothing of the package
+WITHOUT_PEFT = ("core", "hf", "models")
 MAX_LINES_PER_FILE, MAX_LINES_PER_FUNCTION = 400, 70
 
 
@@ -81,35 +65,66 @@ def own_imports(path):
 
 def test_the_reader_of_imports_resolves_every_form(tmp_path):
     path = PACKAGE / "data" / "example.py"
-    source = "import os\nfrom .. import tuner\nfrom ..config import X\nfrom . import rows\ndef f():\n  import torch.nn"
+    source = "import os\nfrom .. import version\nfrom ..tuner.config import X\nfrom . import rows\ndef f():\n  import torch.nn"
     fake = type("File", (), {"name": path.name, "read_text": lambda self: source, "relative_to": path.relative_to})()
     assert list(imports_of(fake)) == [
         "os",
-        "parscale_adapt.tuner",
-        "parscale_adapt.config",
+        "parscale_adapt.version",
+        "parscale_adapt.tuner.config",
         "parscale_adapt.data.rows",
         "torch.nn",
     ]
 
 
-@pytest.mark.parametrize("name", CORE)
-def test_a_core_module_imports_only_core_modules_before_it(name):
-    allowed = {f"parscale_adapt.{earlier}" for earlier in CORE[: CORE.index(name)]}
-    assert own_imports(PACKAGE / f"{name}.py") <= allowed
+def folder_of(name):
+    """`core` of `parscale_adapt.core.streams`; modules of the root are rooms of their own."""
+    return name.split(".")[1] if "." in name else ""
 
 
-def test_the_list_of_core_modules_is_complete():
-    found = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__", "cli"}
-    assert found == set(CORE)
+def importable_from(folder):
+    """The folders below a folder, as the pairs say."""
+    below = {lower for lower, upper in FOLDERS if upper == folder}
+    return below.union(*(importable_from(lower) for lower in below))
 
 
-def test_importing_the_package_imports_the_core_only():
-    assert own_imports(PACKAGE / "__init__.py") <= {f"parscale_adapt.{name}" for name in CORE}
+def modules_in(*folders):
+    return [path for path in MODULES if folder_of(module_name(path)) in folders]
 
 
-@pytest.mark.parametrize("name", WITHOUT_PEFT)
-def test_the_mathematics_does_not_know_peft(name):
-    assert not [imported for imported in imports_of(PACKAGE / f"{name}.py") if imported.split(".")[0] == "peft"]
+def ids(path):
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if path.parent != PACKAGE], ids=ids)
+def test_folders_import_one_way(path):
+    folder = folder_of(module_name(path))
+    assert {folder_of(name) for name in own_imports(path)} - {folder, *LEAVES} <= importable_from(folder)
+
+
+def test_every_folder_has_its_place():
+    assert {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"} == {
+        folder for pair in FOLDERS for folder in pair
+    }
+
+
+def test_only_what_starts_the_package_lies_in_its_root():
+    assert {path.stem for path in PACKAGE.glob("*.py")} == {"__init__", "cli", "version"}
+
+
+@pytest.mark.parametrize("path", modules_in("core"), ids=ids)
+def test_core_imports_torch_only(path):
+    outside = {name.split(".")[0] for name in imports_of(path)} - set(sys.stdlib_module_names)
+    assert outside <= {"torch", "parscale_adapt"}
+
+
+@pytest.mark.parametrize("path", modules_in(*WITHOUT_PEFT), ids=ids)
+def test_there_is_no_peft_below_the_tuner(path):
+    assert not [imported for imported in imports_of(path) if imported.split(".")[0] == "peft"]
+
+
+def test_the_tests_mirror_the_package():
+    folders = {folder for pair in FOLDERS for folder in pair}
+    assert folders <= {path.name for path in (ROOT / "tests").iterdir() if path.is_dir()}
 
 
 def test_no_imports_run_in_a_circle():
@@ -117,7 +132,7 @@ def test_no_imports_run_in_a_circle():
     assert len(list(graphlib.TopologicalSorter(graph).static_order())) == len(NAMES)
 
 
-@pytest.mark.parametrize("path", MODULES + SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", MODULES + SCRIPTS, ids=ids)
 def test_files_and_functions_are_short(path):
     source = path.read_text()
     assert source.count("\n") <= MAX_LINES_PER_FILE

@@ -6,13 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from parscale_adapt.analysis.parameter_count import (
-    PAPER_PREFIX_TOKENS,
-    PAPER_SHAPES,
-    Qwen2Shape,
-    adapter_parameters,
-    backbone_parameters,
-)
+from .parameter_count import PAPER_PREFIX_TOKENS, PAPER_SHAPES, Qwen2Shape, adapter_parameters, backbone_parameters
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
-from parscale_adapt.analysis.cost import Cost, CostModel, Workload
-from parscale_adapt.analysis.scaling_law import ScalingLaw
+from .cost import Cost, CostModel, Workload
+from .scaling_law import ScalingLaw
 
 
 # What figure 4 averages over: input length = output length.

@@ -9,9 +9,9 @@ embedding and the output layer. `docs/analysis.md` lists what these published fo
 
 from dataclasses import dataclass
 
-from parscale_adapt.analysis.backbone_shape import BackboneShape
-from parscale_adapt.analysis.devices import Device
-from parscale_adapt.analysis.parameter_count import PAPER_PREFIX_TOKENS
+from .backbone_shape import BackboneShape
+from .devices import Device
+from .parameter_count import PAPER_PREFIX_TOKENS
 
 
 GIB = 2**30

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from parscale_adapt.analysis.stream_states import StreamedModel, TokenStates, find_streams
-from parscale_adapt.analysis.weight_statistics import WeightSums, weight_sums
-from parscale_adapt.probe import evaluating
-from parscale_adapt.streams import weighted_sum
+from ..core.streams import weighted_sum
+from ..core.weight_statistics import WeightSums, weight_sums
+from ..hf.backbone import evaluating
+from .stream_states import StreamedModel, TokenStates, find_streams
 
 
 MAX_LOGITS = 2**26

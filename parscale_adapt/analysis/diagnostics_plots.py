@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
-from parscale_adapt.analysis.diagnostics import FINAL_STATES, StreamDiagnostics
-from parscale_adapt.analysis.plots import COLOURS, GROUND, LARGER_COLOUR, label_line_ends
+from .diagnostics import FINAL_STATES, StreamDiagnostics
+from .plots import COLOURS, GROUND, LARGER_COLOUR, label_line_ends
 
 
 _MIXTURE, _STREAM, _PLAIN_MEAN, _SHARE = COLOURS[0], COLOURS[1], COLOURS[3], COLOURS[5]

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 
-from parscale_adapt.analysis.runs import Run, as_arrays
-from parscale_adapt.analysis.scaling_law import LAWS, DiversityLaw, LogLaw, ScalingLaw
+from .runs import Run, as_arrays
+from .scaling_law import LAWS, DiversityLaw, LogLaw, ScalingLaw
 
 
 HUBER_DELTA = 1e-3

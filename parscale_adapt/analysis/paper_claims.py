@@ -8,20 +8,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from parscale_adapt.analysis.backbone_shape import load_shape
-from parscale_adapt.analysis.comparison import (
-    PAPER_BATCH_SIZES,
-    PAPER_LENGTHS,
-    increase_ratio,
-    mean_cost,
-    square_workloads,
-    widened,
-)
-from parscale_adapt.analysis.cost import CostModel, Workload
-from parscale_adapt.analysis.devices import find_device
-from parscale_adapt.analysis.fit import fit_law
-from parscale_adapt.analysis.parameter_count import PAPER_SHAPES, parscale_parameters
-from parscale_adapt.analysis.runs import published_runs
+from .backbone_shape import load_shape
+from .comparison import PAPER_BATCH_SIZES, PAPER_LENGTHS, increase_ratio, mean_cost, square_workloads, widened
+from .cost import CostModel, Workload
+from .devices import find_device
+from .fit import fit_law
+from .parameter_count import PAPER_SHAPES, parscale_parameters
+from .runs import published_runs
 
 
 BACKBONE, NUM_STREAMS = "1.6B", 8

@@ -15,12 +15,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, NullLocator
 
-from parscale_adapt.analysis.comparison import Comparison, compare, mean_cost, square_workloads, widened
-from parscale_adapt.analysis.cost import Cost, CostModel, Workload
-from parscale_adapt.analysis.fit import Fit
-from parscale_adapt.analysis.measured import MeasuredCost
-from parscale_adapt.analysis.runs import as_arrays
-from parscale_adapt.analysis.scaling_law import ScalingLaw, loss_contours
+from .comparison import Comparison, compare, mean_cost, square_workloads, widened
+from .cost import Cost, CostModel, Workload
+from .fit import Fit
+from .measured import MeasuredCost
+from .runs import as_arrays
+from .scaling_law import ScalingLaw, loss_contours
 
 
 COLOURS = ("#000000", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9")

@@ -14,10 +14,10 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from parscale_adapt.aggregator import Aggregator
-from parscale_adapt.attention import STREAMS_ATTRIBUTE
-from parscale_adapt.layers import DecoderStreams, ParScaleLayer
-from parscale_adapt.probe import find_decoder
+from ..core.aggregator import Aggregator
+from ..hf.attention import STREAMS_ATTRIBUTE
+from ..hf.backbone import find_decoder
+from ..tuner.layer import DecoderStreams, ParScaleLayer
 
 
 IGNORED_LABEL = -100

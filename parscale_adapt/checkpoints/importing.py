@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from ..config import ParScaleConfig
-from ..fingerprint import backbone_fingerprint
-from ..qwen2_parscale import Qwen2ParScaleConfig
-from ..state import check_complete
+from ..hf.fingerprint import backbone_fingerprint
+from ..models.qwen2_parscale import Qwen2ParScaleConfig
+from ..tuner.config import ParScaleConfig
+from ..tuner.state import check_complete
 from .card import adapter_card
 from .folders import ADAPTER_WEIGHTS, TensorFiles, find_checkpoint, read_json
 from .published import PUBLISHED_TYPE, backbone_config, name_in_adapter, published_shapes

@@ -11,8 +11,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
-from ..config import ParScaleConfig
-from ..qwen2_parscale import Qwen2ParScaleConfig, Qwen2ParScaleForCausalLM
+from ..models.qwen2_parscale import Qwen2ParScaleConfig, Qwen2ParScaleForCausalLM
+from ..tuner.config import ParScaleConfig
 
 
 PUBLISHED_TYPE = "qwen2_parscale"

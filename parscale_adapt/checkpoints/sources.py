@@ -8,7 +8,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from ..config import ParScaleConfig
+from ..tuner.config import ParScaleConfig
 from .folders import ADAPTER_WEIGHTS, TensorFiles, find_checkpoint, read_json
 
 

@@ -4,11 +4,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from parscale_adapt.commands.output import hide_progress_bars, print_table
+from .output import hide_progress_bars, print_table
 
 
 if TYPE_CHECKING:
-    from parscale_adapt.serving.conversation import Conversation
+    from ..serving.conversation import Conversation
 
 HELP = """\
 /p N       the adapter with N streams; /p 1 is the plain backbone
@@ -39,8 +39,8 @@ def chat(
     folders whose origin you trust.
     """
     hide_progress_bars()
-    from parscale_adapt.serving.conversation import Conversation
-    from parscale_adapt.serving.loading import find_speaker, load_speaker
+    from ..serving.conversation import Conversation
+    from ..serving.loading import find_speaker, load_speaker
 
     model, tokenizer, voices = load_speaker(find_speaker(path, backbone, adapter or ()))
     conversation = Conversation(model, tokenizer, voices, max_new_tokens, temperature)

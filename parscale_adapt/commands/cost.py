@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from parscale_adapt.commands.law_source import LawOption, load_law
-from parscale_adapt.commands.output import check_writable, print_table, size_text, write_atomically, write_json
+from .law_source import LawOption, load_law
+from .output import check_writable, print_table, size_text, write_atomically, write_json
 
 
 if TYPE_CHECKING:
-    from parscale_adapt.analysis.comparison import Comparison
-    from parscale_adapt.analysis.cost import Cost, CostModel
-    from parscale_adapt.analysis.scaling_law import ScalingLaw
+    from ..analysis.comparison import Comparison
+    from ..analysis.cost import Cost, CostModel
+    from ..analysis.scaling_law import ScalingLaw
 
 
 def cost(
@@ -47,8 +47,8 @@ def cost(
         raise typer.BadParameter("--measured lays points over a picture: give --plot too")
     cost_model = _cost_model(model, device, dtype, num_prefix_tokens)
     fitted = load_law(law)
-    from parscale_adapt.analysis.comparison import compare
-    from parscale_adapt.analysis.cost import Workload
+    from ..analysis.comparison import compare
+    from ..analysis.cost import Workload
 
     workload = Workload(batch_size, input_len, output_len)
     comparison = compare(cost_model, fitted, [workload], num_streams)
@@ -58,9 +58,9 @@ def cost(
 
 
 def _cost_model(model: str, device: str, dtype: str, num_prefix_tokens: int) -> "CostModel":
-    from parscale_adapt.analysis.backbone_shape import load_shape
-    from parscale_adapt.analysis.cost import PRECISIONS, CostModel
-    from parscale_adapt.analysis.devices import find_device
+    from ..analysis.backbone_shape import load_shape
+    from ..analysis.cost import PRECISIONS, CostModel
+    from ..analysis.devices import find_device
 
     if dtype not in PRECISIONS:
         raise ValueError(f"no dtype is called `{dtype}`: choose one of {', '.join(PRECISIONS)}")
@@ -160,9 +160,9 @@ def _write_plots(
 ) -> None:
     if plot is None and plot_loss is None:
         return
-    from parscale_adapt.analysis import plots
-    from parscale_adapt.analysis.comparison import PAPER_BATCH_SIZES, PAPER_LENGTHS
-    from parscale_adapt.analysis.measured import mean_over_lengths, read_measured
+    from ..analysis import plots
+    from ..analysis.comparison import PAPER_BATCH_SIZES, PAPER_LENGTHS
+    from ..analysis.measured import mean_over_lengths, read_measured
 
     rows = read_measured(measured_file) if measured_file else []
     lengths = sorted({(row.input_len, row.output_len) for row in rows}) or [(n, n) for n in PAPER_LENGTHS]
@@ -182,7 +182,7 @@ def _write_plots(
 
 
 def _report_paper_claim(json_file: Path | None) -> None:
-    from parscale_adapt.analysis.paper_claims import PUBLISHED_RATIOS, readings_of_the_paper
+    from ..analysis.paper_claims import PUBLISHED_RATIOS, readings_of_the_paper
 
     readings = readings_of_the_paper()
     names = list(PUBLISHED_RATIOS)

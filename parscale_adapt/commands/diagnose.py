@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from parscale_adapt.commands.output import check_writable, print_table, write_atomically, write_json
+from .output import check_writable, print_table, write_atomically, write_json
 
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
-    from parscale_adapt.analysis.diagnostics import StreamDiagnostics
+    from ..analysis.diagnostics import StreamDiagnostics
 
 
 def diagnose(
@@ -38,7 +38,7 @@ def diagnose(
     """Measure the streams of a trained adapter: weights, own losses, correlation of errors, similarity by layer."""
     check_writable(json_file, pictures=[plot])
     _check_files(adapter, data)
-    from parscale_adapt.analysis.diagnostics import diagnose as measure
+    from ..analysis.diagnostics import diagnose as measure
 
     model, tokenizer = _load(adapter, backbone)
     found = measure(model, _batches(data, text_field, tokenizer, max_rows, max_length, batch_size), irreducible_loss)
@@ -49,7 +49,7 @@ def diagnose(
     _print_removal(found)
     write_json(json_file, {"adapter": str(adapter), "data": data, **asdict(found)})
     if plot is not None:
-        from parscale_adapt.analysis import diagnostics_plots, plots
+        from ..analysis import diagnostics_plots, plots
 
         figure = diagnostics_plots.plot_diagnostics(found, adapter.resolve().name)
         write_atomically(plot, lambda path: plots.save(figure, path))
@@ -59,7 +59,7 @@ def _check_files(adapter: Path, data: str) -> None:
     """Refuse what can't be a ParScale adapter or a text, before a model is loaded."""
     import json
 
-    from parscale_adapt.data.sources import find_local_files
+    from ..data.sources import find_local_files
 
     file = adapter / "adapter_config.json"
     if not file.is_file():
@@ -79,7 +79,7 @@ def _load(adapter: Path, backbone: str | None) -> "tuple[PeftModel, PreTrainedTo
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    import parscale_adapt  # noqa: F401  (registers the method)
+    from ..tuner import model as _  # noqa: F401  (registers the method)
 
     logging.disable_progress_bar()
     name = backbone or PeftConfig.from_pretrained(adapter).base_model_name_or_path
@@ -108,7 +108,7 @@ def _batches(
 
     import datasets
 
-    from parscale_adapt.data import PackedCollator, TextSource, iterate_packed_rows, load_source
+    from ..data import PackedCollator, TextSource, iterate_packed_rows, load_source
 
     datasets.disable_progress_bars()
     documents = load_source(TextSource(data, text_field=text_field))

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from parscale_adapt.commands.output import check_writable, hide_progress_bars, size_text, write_json
+from .output import check_writable, hide_progress_bars, size_text, write_json
 
 
 def export(
@@ -31,7 +31,7 @@ def export(
     """Merge a ParScale adapter, its shared LoRA and its backbone into one self-contained checkpoint."""
     check_writable(json_file)
     hide_progress_bars()
-    from parscale_adapt.checkpoints.exporting import export_adapter
+    from ..checkpoints.exporting import export_adapter
 
     report = export_adapter(adapter, output, backbone, format, dtype, max_shard_size)
     print(

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from parscale_adapt.commands.output import check_writable, print_table, size_text, write_atomically, write_json
+from .output import check_writable, print_table, size_text, write_atomically, write_json
 
 
 if TYPE_CHECKING:
-    from parscale_adapt.analysis.fit import Fit
+    from ..analysis.fit import Fit
 
 
 def fit_law(
@@ -30,8 +30,8 @@ def fit_law(
 ) -> None:
     """Fit the paper's scaling law to training runs, with bootstrap intervals."""
     check_writable(json_file, pictures=[plot])
-    from parscale_adapt.analysis import fit as fitting
-    from parscale_adapt.analysis.runs import read_runs
+    from ..analysis import fit as fitting
+    from ..analysis.runs import read_runs
 
     fit = fitting.fit_law(read_runs(runs, dataset), form, num_bootstrap=bootstrap, seed=seed)
     _print_parameters(fit)
@@ -39,7 +39,7 @@ def fit_law(
         _print_points(fit)
     write_json(json_file, fit_as_dict(fit))
     if plot is not None:
-        from parscale_adapt.analysis import plots
+        from ..analysis import plots
 
         figure = plots.plot_fit(fit, Path(runs).stem)
         write_atomically(plot, lambda path: plots.save(figure, path))

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from parscale_adapt.commands.output import check_writable, hide_progress_bars, write_json
+from .output import check_writable, hide_progress_bars, write_json
 
 
 if TYPE_CHECKING:
-    from parscale_adapt.checkpoints.importing import BackboneComparison
+    from ..checkpoints.importing import BackboneComparison
 
 
 def import_checkpoint(
@@ -31,7 +31,7 @@ def import_checkpoint(
     """
     check_writable(json_file)
     hide_progress_bars()
-    from parscale_adapt.checkpoints.importing import import_published
+    from ..checkpoints.importing import import_published
 
     report = import_published(source, output, backbone, tolerance)
     if report.comparison is not None:

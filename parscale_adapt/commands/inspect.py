@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from parscale_adapt.commands.output import check_writable, hide_progress_bars, write_json
+from .output import check_writable, hide_progress_bars, write_json
 
 
 if TYPE_CHECKING:
-    from parscale_adapt.checkpoints.inspection import Inspection
+    from ..checkpoints.inspection import Inspection
 
 
 def inspect(
@@ -24,7 +24,7 @@ def inspect(
     """Show kind, backbone, streams, added parameters, fingerprint and version of an adapter or checkpoint."""
     check_writable(json_file)
     hide_progress_bars()
-    from parscale_adapt.checkpoints.inspection import inspect_folder
+    from ..checkpoints.inspection import inspect_folder
 
     found = inspect_folder(source, backbone)
     for name, value in _rows(found).items():

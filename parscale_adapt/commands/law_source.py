@@ -8,7 +8,7 @@ import typer
 
 
 if TYPE_CHECKING:
-    from parscale_adapt.analysis.scaling_law import ScalingLaw
+    from ..analysis.scaling_law import ScalingLaw
 
 LawOption = Annotated[
     str,
@@ -25,9 +25,9 @@ def load_law(source: str) -> "ScalingLaw":
     Raises:
         ValueError: it names no published data set and no file with a law.
     """
-    from parscale_adapt.analysis.fit import fit_law
-    from parscale_adapt.analysis.runs import PUBLISHED_DATASETS, published_runs
-    from parscale_adapt.analysis.scaling_law import law_from_dict
+    from ..analysis.fit import fit_law
+    from ..analysis.runs import PUBLISHED_DATASETS, published_runs
+    from ..analysis.scaling_law import law_from_dict
 
     if source in PUBLISHED_DATASETS:
         return fit_law(published_runs(source), num_bootstrap=0).law

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from parscale_adapt.commands.law_source import LawOption, load_law
-from parscale_adapt.commands.output import check_writable, print_table, size_text, write_json
+from .law_source import LawOption, load_law
+from .output import check_writable, print_table, size_text, write_json
 
 
 if TYPE_CHECKING:
-    from parscale_adapt.analysis.scaling_law import ScalingLaw
+    from ..analysis.scaling_law import ScalingLaw
 
 
 def predict(
@@ -65,7 +65,7 @@ def _sizes(num_params: float | None, model: str | None, streams: list[int]) -> l
     """Parameters for each number of streams: of a backbone with its adapter, or the given number as it is."""
     if model is None:
         return [num_params or 0.0] * len(streams)
-    from parscale_adapt.analysis.backbone_shape import load_shape
+    from ..analysis.backbone_shape import load_shape
 
     shape = load_shape(model)
     return [shape.params_with_streams(count) for count in streams]

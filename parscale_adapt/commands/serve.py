@@ -19,6 +19,6 @@ def serve(
     A standalone export brings its code, which parscale_adapt wrote there; this command runs it, so serve only folders
     whose origin you trust.
     """
-    from parscale_adapt.serving.launcher import serve as start
+    from ..serving.launcher import serve as start
 
     start(folder, host, port, context.args)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from parscale_adapt.commands.output import check_writable, hide_progress_bars, write_json
+from .output import check_writable, hide_progress_bars, write_json
 
 
 def verify(
@@ -20,7 +20,7 @@ def verify(
     """
     check_writable(json_file)
     hide_progress_bars()
-    from parscale_adapt.checkpoints.verifying import verify_checkpoint
+    from ..checkpoints.verifying import verify_checkpoint
 
     report = verify_checkpoint(folder)
     figures = (

@@ -8,10 +8,10 @@ from typing import Any
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from ..bundle import CODE_FILE
 from ..checkpoints.folders import find_checkpoint, read_json
 from ..checkpoints.published import PUBLISHED_TYPE
-from ..qwen2_parscale import Qwen2ParScaleForCausalLM
+from ..models.bundle import CODE_FILE
+from ..models.qwen2_parscale import Qwen2ParScaleForCausalLM
 
 
 ADAPTER_CONFIG = "adapter_config.json"

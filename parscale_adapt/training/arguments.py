@@ -1,4 +1,4 @@
-"""Command-line arguments of the recipes, besides TRL's own and [`parscale_adapt.config.ParScaleArguments`]."""
+"""Command-line arguments of the recipes, besides TRL's own and [`parscale_adapt.tuner.config.ParScaleArguments`]."""
 
 from dataclasses import dataclass, field
 from typing import Any

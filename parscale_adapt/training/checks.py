@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
 from trl import SFTConfig
 
-from ..attention import SUPPORTED_IMPLEMENTATIONS
-from ..config import ParScaleArguments
+from ..hf.attention import SUPPORTED_IMPLEMENTATIONS
+from ..tuner.config import ParScaleArguments
 from .arguments import BackboneArguments
 
 

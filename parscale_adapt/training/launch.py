@@ -11,8 +11,8 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, TrlParser
 
-from ..config import ParScaleArguments, ParScaleConfig
-from ..state import backbone_shapes
+from ..tuner.config import ParScaleArguments, ParScaleConfig
+from ..tuner.state import backbone_shapes
 from .arguments import BackboneArguments
 from .embedded import embedded_backbone
 from .run_folder import RunFolder

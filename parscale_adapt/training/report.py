@@ -15,9 +15,9 @@ import transformers
 import trl
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..config import ParScaleArguments
 from ..data import TokenReport
-from ..state import backbone_shapes, expected_adapter_shapes, full_shape
+from ..tuner.config import ParScaleArguments
+from ..tuner.state import backbone_shapes, expected_adapter_shapes, full_shape
 from .run_folder import METRICS_FILE, write_atomically
 from .saving import record_verified, replacing_folder, verify_save, whole_state
 from .trainer import StreamTrainer

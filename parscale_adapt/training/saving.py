@@ -15,9 +15,9 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from ..prefix import ReparameterizedPrefix
-from ..probe import gathered
-from ..state import (
+from ..core.prefix import ReparameterizedPrefix
+from ..hf.engines import gathered
+from ..tuner.state import (
     adapter_parameters,
     backbone_shapes,
     checkpoint_key,

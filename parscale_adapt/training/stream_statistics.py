@@ -7,10 +7,10 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..aggregator import Aggregator
-from ..analysis.weight_statistics import stream_statistics
-from ..attention import STREAMS_ATTRIBUTE
-from ..layers import DecoderStreams
+from ..core.aggregator import Aggregator
+from ..core.weight_statistics import stream_statistics
+from ..hf.attention import STREAMS_ATTRIBUTE
+from ..tuner.layer import DecoderStreams
 
 
 __all__ = ["StreamStatisticsCallback", "stream_statistics"]

@@ -13,11 +13,11 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from trl import SFTTrainer
 
-from ..aggregator import Aggregator
-from ..config import ParScaleConfig
-from ..fingerprint import describe_difference
-from ..prefix import ReparameterizedPrefix
-from ..standalone import STREAM_FIELDS
+from ..core.aggregator import Aggregator
+from ..core.prefix import ReparameterizedPrefix
+from ..hf.fingerprint import describe_difference
+from ..models.standalone import STREAM_FIELDS
+from ..tuner.config import ParScaleConfig
 from .saving import forget_verified, record_verified, verify_save, whole_state
 from .stream_statistics import stream_statistics
 

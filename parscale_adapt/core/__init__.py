@@ -1,0 +1,1 @@
+"""The mathematics of parallel streams, in plain torch."""

@@ -1,0 +1,231 @@
+"""What a backbone looks like from inside its attention calls; read off one small forward, not guessed from configs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, cache_utils
+
+from .config_view import stock_config
+from .decoder import refuse_unsupported_attention
+from .engines import gathered_parameters
+from .observer import AttentionObserver, observe_attention
+
+
+class AttentionShape(NamedTuple):
+    """Sizes of the keys and values that one attention module hands to the attention function."""
+
+    num_key_value_heads: int
+    key_size: int
+    value_size: int
+
+
+@dataclass
+class ObservedStates:
+    """Keys `[rows, heads, T, key_size]` and values `[rows, heads, T, value_size]` of one attention module."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+
+
+@dataclass
+class Observation:
+    """One forward of a decoder: what its attention modules saw, by module name, and the size of its output."""
+
+    states: dict[str, ObservedStates]
+    hidden_size: int
+
+
+@dataclass
+class Backbone:
+    """A causal LM, as streams see it.
+
+    Args:
+        decoder_name: the module whose output is aggregated.
+        hidden_size: of that output.
+        attention_shapes: the attention modules in which a prefix can live, by module name; empty where none can be
+            reached.
+        attended_layers: layers of the cache whose attention functions get just what `Cache.update` returns.
+        masks_per_row: whether the architecture computes with its masks before attention, and so needs one per row.
+    """
+
+    decoder_name: str
+    hidden_size: int
+    attention_shapes: dict[str, AttentionShape]
+    attended_layers: frozenset[int] = frozenset()
+    masks_per_row: bool = False
+
+
+def find_decoder(model: nn.Module) -> str:
+    """The name of the decoder inside a causal LM.
+
+    Raises:
+        TypeError: `model` is not a transformers model.
+        ValueError: it is not a decoder-only causal LM.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"`model` must be a transformers causal LM, got {type(model).__name__}.")
+    class_name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"{class_name} is an encoder-decoder model; streams need a decoder-only causal LM such as "
+            "Qwen2ForCausalLM."
+        )
+    if model.get_output_embeddings() is None or not model.can_generate():
+        raise ValueError(
+            f"{class_name} is not a causal LM with an LM head: load the backbone with `AutoModelForCausalLM`."
+        )
+    if not isinstance(model.get_input_embeddings(), nn.Embedding):
+        raise ValueError(
+            f"{class_name} reads its tokens from {type(model.get_input_embeddings()).__name__} and not from one "
+            "embedding: streams need a language model over one vocabulary."
+        )
+    decoder = model.get_decoder()
+    if not isinstance(decoder, PreTrainedModel):  # ModernBERT calls its LM head `decoder`
+        decoder = model.base_model
+    if decoder is model:  # Llama 4 names a prefix that is no attribute
+        inner = [child for child in model.children() if isinstance(child, PreTrainedModel)]
+        decoder = inner[0] if len(inner) == 1 else model
+    if decoder is model:
+        raise ValueError(
+            f"{class_name} has no decoder module apart from its LM head, so its hidden states can't be mixed."
+        )
+    return next(name for name, module in model.named_modules() if module is decoder)
+
+
+def probe_backbone(model: PreTrainedModel) -> Backbone:
+    """Find the decoder and every attention module of `model` by running one token through it.
+
+    Raises:
+        TypeError, ValueError: as in [`find_decoder`]; ValueError also where attention picks single keys, or where a cache
+            holds what streams can't lay out.
+    """
+    decoder_name = find_decoder(model)
+    refuse_unsupported_attention(model.get_submodule(decoder_name))
+    observed = observe_states(model, torch.zeros(1, 1, dtype=torch.long))
+    shapes = {
+        name: AttentionShape(states.key.shape[1], states.key.shape[-1], states.value.shape[-1])
+        for name, states in observed.states.items()
+    }
+    attended_layers, masks_per_row = _observe_routes(model) if shapes else (frozenset(), False)
+    return Backbone(decoder_name, observed.hidden_size, shapes, attended_layers, masks_per_row)
+
+
+class _StateObserver(AttentionObserver):
+    """Keeps the keys and values of every attention module, by its name."""
+
+    def __init__(self, model: nn.Module):
+        self.names = {module: name for name, module in model.named_modules()}
+        self.states: dict[str, ObservedStates] = {}
+
+    def see_attention(self, module: nn.Module, key: torch.Tensor, value: torch.Tensor, mask: Any) -> None:
+        self.states[self.names[module]] = ObservedStates(key, value)
+
+
+class _RecordingCache(DynamicCache):
+    """A cache that remembers what its updates returned, by layer."""
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config=config)
+        self.returned: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.returned[layer_idx] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return self.returned[layer_idx]
+
+
+def _empty_cache(model: nn.Module, config: PreTrainedConfig) -> _RecordingCache:
+    name = type(model).__name__
+    if getattr(config.get_text_config(decoder=True), "num_hidden_layers", None) is None:
+        raise ValueError(
+            f"{name} is made of several models with caches of their own, in which streams can't be laid out."
+        )
+    cache = _RecordingCache(config)
+    for layer in cache.layers:
+        if type(layer).__module__ != cache_utils.__name__ or isinstance(layer, cache_utils.DynamicIndexedLayer):
+            raise ValueError(
+                f"{name} keeps states of its own in its cache ({type(layer).__name__}), in which streams can't be laid "
+                "out."
+            )
+    return cache
+
+
+class _RouteObserver(AttentionObserver):
+    """Follows masks from where they are made, and keys and values from the cache, to attention."""
+
+    def __init__(self, cache: _RecordingCache):
+        self.cache = cache
+        self.masks: list[torch.Tensor] = []
+        self.attended_layers: set[int] = set()
+        self.masks_per_row = False
+
+    def see_mask(self, mask: Any) -> None:
+        if isinstance(mask, torch.Tensor):
+            self.masks.append(mask)
+
+    def see_attention(self, module: nn.Module, key: torch.Tensor, value: torch.Tensor, mask: Any) -> None:
+        for layer, (cached_key, cached_value) in self.cache.returned.items():
+            if _is_same(key, cached_key) and _is_same(value, cached_value):
+                self.attended_layers.add(layer)
+        if isinstance(mask, torch.Tensor) and not any(_is_same(mask, made) for made in self.masks):
+            self.masks_per_row = True
+
+
+def _is_same(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    return tensor.data_ptr() == other.data_ptr() and tensor.shape[:2] == other.shape[:2]
+
+
+@torch.no_grad()
+def _observe_routes(model: PreTrainedModel) -> tuple[frozenset[int], bool]:
+    """Run a left-padded batch with a cache through the decoder.
+
+    Returns:
+        `attended_layers` and `masks_per_row` of [`Backbone`].
+    """
+    decoder = model.get_submodule(find_decoder(model))
+    cache = _empty_cache(model, stock_config(decoder.config))
+    observer = _RouteObserver(cache)
+    device = model.get_input_embeddings().weight.device
+    input_ids, attention_mask = torch.zeros(2, 3, dtype=torch.long), torch.tensor([[0, 1, 1], [1, 1, 1]])
+    inputs = {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
+    with evaluating(model), gathered_parameters(model), observe_attention(model, observer):
+        own_cache = decoder(**inputs, use_cache=True).get("past_key_values")
+        if own_cache is not None and type(own_cache).__module__ != cache_utils.__name__:
+            raise ValueError(
+                f"{type(model).__name__} makes a cache of its own ({type(own_cache).__name__}), in which streams can't be "
+                "laid out."
+            )
+        decoder(**inputs, past_key_values=cache, use_cache=True)
+    # Where masks are reworked row by row, what comes from the cache may be as well.
+    attended_layers = frozenset() if observer.masks_per_row else frozenset(observer.attended_layers)
+    return attended_layers, observer.masks_per_row
+
+
+@torch.no_grad()
+def observe_states(
+    model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None
+) -> Observation:
+    """Run `input_ids` `[rows, T]` through the decoder and look at its attention calls."""
+    observer = _StateObserver(model)
+    device = model.get_input_embeddings().weight.device
+    positions = {} if position_ids is None else {"position_ids": position_ids.to(device)}
+    with evaluating(model), gathered_parameters(model), observe_attention(model, observer):
+        output = model.get_submodule(find_decoder(model))(input_ids=input_ids.to(device), use_cache=False, **positions)
+    return Observation(observer.states, output[0].shape[-1])
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put all modules into evaluation mode inside the block, and each back into its own mode after it."""
+    was_training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in was_training.items():
+            module.training = training

@@ -1,0 +1,142 @@
+"""A view of any transformers cache in which streams are extra heads.
+
+The cache keeps batch B, so reordering beams, repeating, selecting, cropping and mask sizes stay as they are.
+"""
+
+from collections.abc import Callable, Set
+from typing import Any
+
+import torch
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
+
+from ..core.layout import StreamLayout
+
+
+_OWNER = "parscale_owner"
+CacheOwner = str | None | tuple[str | None, ...]
+
+
+class _StreamFolding(Cache):
+    """Mixin whose `update` stores `[R, h, T, d]` as `[B, P * h, T, d]`; see [`stream_view`] for its fields."""
+
+    __slots__ = ()
+    layout: StreamLayout
+    attended_layers: Set[int]
+    viewed: Cache
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        key_states, value_states = self.layout.to_heads(key_states), self.layout.to_heads(value_states)
+        key_states, value_states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if layer_idx in self.attended_layers:
+            return key_states, value_states
+        # The layer computes its keys and values from what it caches (latent attention, for one) and expects rows.
+        return self.layout.to_rows(key_states), self.layout.to_rows(value_states)
+
+    def show_states_as_rows(self) -> None:
+        """Lay the states of recurrent layers, which their layers change in place, out by row; on the way in."""
+        self._arrange_states(self.layout.to_rows)
+
+    def hide_streams_of_states(self) -> None:
+        """Undo [`show_states_as_rows`], so that the cache keeps batch `B`; on the way out."""
+        self._arrange_states(self.layout.to_heads)
+
+    def _arrange_states(self, arrange: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        for layer in self.layers:
+            if isinstance(layer, LinearAttentionCacheLayerMixin):
+                for states in (layer.conv_states, layer.recurrent_states):
+                    for index, state in states.items():
+                        states[index] = None if state is None else arrange(state)
+
+
+def claim_cache(cache: Cache, owner: CacheOwner) -> None:
+    """Note whose keys and values `cache` will hold: those of the adapter `owner`, (None) of the plain backbone, or
+    (a tuple) of one of these for every sample.
+
+    Raises:
+        ValueError: it is filled with those of another owner.
+    """
+    previous = getattr(cache, _OWNER, None)
+    if previous == owner:
+        return
+    if any(_is_filled(layer) for layer in cache.layers):
+        raise ValueError(
+            f"`past_key_values` was filled by {_describe(previous)} and can't be continued by {_describe(owner)}: "
+            "start again from an empty cache after switching adapters."
+        )
+    for layer in cache.layers:
+        _forget_allocation(layer)
+    mark_cache(cache, owner)
+
+
+def mark_cache(cache: Cache, owner: CacheOwner) -> None:
+    """Note whose keys and values `cache` holds, without a check."""
+    setattr(cache, _OWNER, owner)
+
+
+def claim_pages(cache: Any, owner: CacheOwner) -> None:
+    """As [`claim_cache`], for the paged cache of continuous batching, which serves one owner for as long as it lives.
+
+    Raises:
+        ValueError: it serves another owner.
+    """
+    previous = vars(cache).setdefault(_OWNER, owner)
+    if previous != owner:
+        raise ValueError(
+            f"The manager of continuous batching serves {_describe(previous)} and can't go on with {_describe(owner)}: "
+            "stop it, or call `destroy_cached_continuous_batching_manager`, before switching adapters."
+        )
+
+
+def _is_filled(layer: CacheLayerMixin | LinearAttentionCacheLayerMixin) -> bool:
+    has_states = isinstance(layer, LinearAttentionCacheLayerMixin) and any(layer.has_previous_state.values())
+    return has_states or (isinstance(layer, CacheLayerMixin) and bool(layer.get_seq_length() > 0))
+
+
+def _forget_allocation(layer: CacheLayerMixin | LinearAttentionCacheLayerMixin) -> None:
+    """An empty cache may come allocated for another number of heads or rows."""
+    layer.is_initialized = False
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        for index in layer.conv_states:
+            layer.conv_states[index] = layer.recurrent_states[index] = None
+            layer.is_conv_states_initialized[index] = layer.is_recurrent_states_initialized[index] = False
+
+
+def _describe(owner: CacheOwner) -> str:
+    if isinstance(owner, tuple):
+        return f"a batch of {', '.join(map(_describe, owner))}"
+    return "the plain backbone" if owner is None else f"the adapter {owner!r}"
+
+
+_view_classes: dict[type, type] = {}  # not `lru_cache`, of which torch.compile warns
+
+
+def _view_class(cache_class: type) -> type:
+    if cache_class not in _view_classes:
+        namespace = {"__slots__": ("attended_layers", "layout", "viewed"), "__module__": __name__}
+        _view_classes[cache_class] = type(
+            f"StreamView{cache_class.__name__}", (_StreamFolding, cache_class), namespace
+        )
+    return _view_classes[cache_class]
+
+
+def stream_view(cache: Cache, layout: StreamLayout, attended_layers: Set[int]) -> _StreamFolding:
+    """A cache object that shares all state with `cache` and folds streams into heads on `update`.
+
+    `update` returns `[B, P * h, T, d]` in `attended_layers`, whose attention functions get just what it returns, and
+    `[R, h, T, d]` elsewhere. `view.viewed` is `cache` itself.
+    """
+    cache_class: Any = type(cache)
+    view: Any = object.__new__(_view_class(cache_class))
+    view.__dict__ = cache.__dict__
+    view.layout = layout
+    view.attended_layers = attended_layers
+    view.viewed = cache
+    return view
+
+
+def viewed_cache(cache: Cache | None) -> Cache | None:
+    """The caller's cache behind a view, or the argument itself."""
+    return cache.viewed if isinstance(cache, _StreamFolding) else cache

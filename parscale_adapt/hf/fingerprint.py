@@ -1,0 +1,92 @@
+"""A short fingerprint of a backbone, stored with the adapter, so that an adapter is not put on other weights.
+
+It covers the backbone's shape and a sample of a few tensors that quantization leaves alone, rounded to bfloat16 with
+and without a step through float16, so that a checkpoint loaded in float32, bfloat16 or float16, quantized or not,
+agrees with itself. (A float32 checkpoint in bfloat16 and in float16 are too far apart to agree with each other.)
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .engines import gathered, is_partitioned
+
+
+NUM_SAMPLED_VALUES = 4096
+_SMALLEST_SAMPLED = 2.0**-13  # float16 keeps fewer digits of what is smaller
+_SHAPE_FIELDS = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+
+
+def backbone_fingerprint(model: PreTrainedModel) -> dict[str, str]:
+    """`{"shape": ..., tensor name: hashes of sampled values, ...}` of a causal LM without adapters."""
+    config = model.config.get_text_config()
+    shape = {name: getattr(config, name, None) for name in _SHAPE_FIELDS}
+    fingerprint = {"shape": json.dumps(shape, sort_keys=True)}
+    for name, parameter in _sampled_parameters(model):
+        if not parameter.is_meta:  # offloaded by accelerate: can't be read here
+            fingerprint[name] = _hash_sample(parameter)
+    return fingerprint
+
+
+def describe_difference(expected: dict[str, str], found: dict[str, str]) -> str | None:
+    """One phrase that says how two fingerprints differ, or None where they agree."""
+    if expected["shape"] != found["shape"]:
+        return f"its shape is {found['shape']} instead of {expected['shape']}"
+    changed = sorted(name for name in expected.keys() & found.keys() if not _agree(expected[name], found[name]))
+    if changed:
+        return f"its weights differ (first in `{changed[0]}`)"
+    return None
+
+
+def _sampled_parameters(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter]]:
+    """The embedding and all norms-like vectors of the first, middle and last module that own one."""
+    embedding = model.get_input_embeddings().weight
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    yield names[embedding], embedding
+    vectors = [(name, parameter) for name, parameter in model.named_parameters() if len(_full_shape(parameter)) == 1]
+    for index in sorted({0, len(vectors) // 2, len(vectors) - 1}) if vectors else ():
+        yield vectors[index]
+
+
+def _full_shape(parameter: nn.Parameter) -> torch.Size:
+    return parameter.ds_shape if is_partitioned(parameter) else parameter.shape
+
+
+def _agree(hashes: str, other: str) -> bool:
+    return not set(hashes.split()).isdisjoint(other.split())
+
+
+def _hash_sample(parameter: nn.Parameter) -> str:
+    values = _sample(parameter)
+    return f"{_hash(values)} {_hash(values.half())}"
+
+
+def _hash(values: torch.Tensor) -> str:
+    rounded = values.bfloat16()
+    rounded[rounded.abs() < _SMALLEST_SAMPLED] = 0.0
+    return hashlib.sha256(rounded.view(torch.int16).numpy().tobytes()).hexdigest()[:16]
+
+
+@torch.no_grad()
+def _sample(parameter: nn.Parameter) -> torch.Tensor:
+    """Up to `NUM_SAMPLED_VALUES` evenly spaced values of a tensor, on the CPU."""
+    with gathered([parameter]):
+        return _evenly_spaced(parameter)
+
+
+def _evenly_spaced(parameter: nn.Parameter) -> torch.Tensor:
+    flat = parameter.detach().flatten()
+    step = max(1, flat.numel() // NUM_SAMPLED_VALUES)
+    return flat[::step][:NUM_SAMPLED_VALUES].cpu().clone()

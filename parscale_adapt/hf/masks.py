@@ -1,0 +1,73 @@
+"""Attention masks for streams: built once per sample, not once per stream."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import AttentionMaskInterface, PreTrainedConfig
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    and_masks,
+    padding_mask_function,
+    prepare_padding_mask,
+)
+
+from ..core.layout import MixedLayout
+from .attention import SUPPORTED_IMPLEMENTATIONS
+from .config_view import STREAMS
+
+
+def _stream_mask(implementation: str) -> Callable:
+    stock = ALL_MASK_ATTENTION_FUNCTIONS[implementation]
+
+    def mask(batch_size: int, attention_mask: torch.Tensor | None, config: PreTrainedConfig, **kwargs: Any) -> Any:
+        """The mask of `batch_size` = R rows of tokens: one for each of their B samples, or, where the architecture
+        computes with its masks (`masks_per_row`), one for each row."""
+        streams = config.stream_decoder.parscale
+        if not streams.masks_per_row:
+            batch_size = streams.layout.count_samples(batch_size)
+            attention_mask = None if attention_mask is None else attention_mask[:batch_size]  # those of stream 0
+        if implementation == "flex_attention":
+            if isinstance(streams.layout, MixedLayout):
+                raise ValueError(
+                    "`adapter_names` can't mix adapters under flex_attention, whose block mask has no rows to select: "
+                    'load the backbone with `attn_implementation="sdpa"`.'
+                )
+            if streams.num_prefix_tokens > 0:
+                kwargs |= _behind_prefix(streams.num_prefix_tokens, attention_mask, **kwargs)
+                attention_mask = None
+        return stock(batch_size=batch_size, attention_mask=attention_mask, config=config, **kwargs)
+
+    return mask
+
+
+def _behind_prefix(
+    num_prefix_tokens: int,
+    attention_mask: torch.Tensor | None,
+    mask_function: Callable,
+    kv_length: int,
+    kv_offset: int,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """The arguments of a block mask that has `n` visible keys in front and knows the padding."""
+    if attention_mask is not None and not attention_mask.all():
+        padding_mask = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+        mask_function = and_masks(mask_function, padding_mask_function(padding_mask))
+
+    def shows(batch_idx: Any, head_idx: Any, q_idx: Any, kv_idx: Any) -> torch.Tensor:
+        token = kv_idx.clamp(min=kv_offset)
+        # Not `|`, for which torch 2.13 generates C++ that doesn't compile.
+        return torch.where(kv_idx < kv_offset, True, mask_function(batch_idx, head_idx, q_idx, token))
+
+    return {
+        "mask_function": shows,
+        "kv_length": kv_length + num_prefix_tokens,
+        "kv_offset": kv_offset - num_prefix_tokens,
+    }
+
+
+def register_stream_masks() -> None:
+    """Make transformers find the mask functions under the names of the attention functions."""
+    for implementation in SUPPORTED_IMPLEMENTATIONS:
+        if implementation in ALL_MASK_ATTENTION_FUNCTIONS:
+            AttentionMaskInterface.register(STREAMS + implementation, _stream_mask(implementation))

@@ -1,0 +1,177 @@
+"""Causal LMs that own their streams: the classes of standalone checkpoints.
+
+Such a class is one of the mixins below before a class of transformers. `config.parscale` says how the streams are laid
+out; `base_model` is the name of the base model in the causal LM, all other names are relative to it, `""` is itself:
+
+- `num_streams`, `aggregator`, `aggregator_smoothing`, `stream_transform` as in an adapter's configuration, with
+  `num_prefix_tokens` (0 without prefixes) or `stream_lora_rank` and `stream_lora_alpha`;
+- `decoder`, the module whose output is aggregated, and its `hidden_size`;
+- `attention_shapes`: key-value heads, key size and value size of every attention module;
+- `attended_layers` and `masks_per_row`, as in [`parscale_adapt.hf.decoder`];
+- `projection_shapes`: input and output size of every linear layer in which streams differ.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+
+from ..core.aggregator import AGGREGATORS, Aggregator
+from ..core.layout import UniformLayout
+from ..core.prefix import StreamPrefix
+from ..core.transforms import StreamBias, StreamLora
+from ..hf.attention import STREAMS_ATTRIBUTE
+from ..hf.config_view import stock_config
+from ..hf.decoder import attach_stream_hooks, route_through_streams
+from ..hf.paged import init_continuous_batching
+
+
+_INIT_STD = 0.02
+
+
+class OwnedPrefixes(nn.Module):
+    """The prefixes of one attention module, as [`parscale_adapt.hf.attention`] asks for them.
+
+    Args:
+        num_streams: `P`.
+        num_prefix_tokens: `n`.
+        shape: key-value heads, key size and value size.
+    """
+
+    def __init__(self, num_streams: int, num_prefix_tokens: int, shape: tuple[int, int, int]):
+        super().__init__()
+        num_heads, key_size, value_size = shape
+        self.prefix_k = StreamPrefix((num_streams, num_heads, num_prefix_tokens, key_size))
+        self.prefix_v = StreamPrefix((num_streams, num_heads, num_prefix_tokens, value_size))
+
+    def forward(self, adapter: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prefix keys and values `[P, num_key_value_heads, n, key_size or value_size]`."""
+        return self.prefix_k(dtype), self.prefix_v(dtype)
+
+
+class OwnedStreams(nn.Module):
+    """The streams of a decoder, as [`parscale_adapt.hf.decoder`] asks for them; there is no adapter to switch.
+
+    Args:
+        streams: `config.parscale`.
+    """
+
+    current_adapter = cache_owner = "parscale"
+
+    def __init__(self, streams: dict[str, Any]):
+        super().__init__()
+        num_streams, smoothing = streams["num_streams"], streams["aggregator_smoothing"]
+        self.layout = UniformLayout(num_streams)
+        self.num_prefix_tokens = streams["num_prefix_tokens"]
+        self.attended_layers = frozenset(streams["attended_layers"])
+        self.masks_per_row = streams["masks_per_row"]
+        self.aggregator = AGGREGATORS[streams["aggregator"]](streams["hidden_size"], num_streams, smoothing)
+
+    def lay_out(self, batch_size: int, device: torch.device) -> UniformLayout:
+        """The same for every batch."""
+        return self.layout
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Mix the streams: `[P * B, T, H]` to `[B, T, H]`."""
+        return self.aggregator(hidden_states)
+
+
+class _Initialized(nn.Module):
+    """Mixin that initializes what a checkpoint doesn't hold."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        # transformers marks what it has read. Its guard would not see the mark in slices of a parameter.
+        was_read = all(getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters())
+        if isinstance(module, Aggregator | StreamPrefix | StreamLora | StreamBias) and not was_read:
+            module.reset_parameters(_INIT_STD)
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # For code from outside, transformers skips modules without parameters of their own; some models initialize
+        # the buffers of other modules from there.
+        super()._initialize_weights(module)
+
+
+class StreamedModel(_Initialized):
+    """Mixin of a base model that runs in streams; `last_hidden_state` is the aggregated `[batch, tokens, hidden]`."""
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        add_streams(self)
+        self.post_init()
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As [`transformers.PreTrainedModel.save_pretrained`], with the configuration behind the decoder's view of it."""
+        view = self.config  # type: ignore[has-type]
+        self.config = stock_config(view)
+        try:
+            super().save_pretrained(*args, **kwargs)
+        finally:
+            self.config = view
+
+
+class StreamedCausalLM(_Initialized):
+    """Mixin of the causal LM over a base model of class `streamed_class`, which is a [`StreamedModel`]."""
+
+    streamed_class: type[StreamedModel]
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        self.run_in_streams()
+        self.post_init()
+
+    def run_in_streams(self) -> None:
+        """Make the base model, so far a stock one, a [`StreamedModel`]."""
+        base_model = self.get_submodule(self.config.parscale["base_model"])
+        base_model.__class__ = self.streamed_class
+        add_streams(base_model)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """See [`parscale_adapt.hf.paged.init_continuous_batching`]."""
+        return init_continuous_batching(self, *args, **kwargs)
+
+
+def add_streams(base_model: PreTrainedModel) -> None:
+    """Give a base model the modules that `config.parscale` describes, and run its decoder in streams.
+
+    They stay in float32 where the rest is in half precision, as PEFT keeps those of an adapter.
+    """
+    streams = base_model.config.parscale
+    decoder = base_model.get_submodule(streams["decoder"])
+    decoder.parscale = OwnedStreams(streams)
+    attach_stream_hooks(decoder)
+    if streams["attention_shapes"]:
+        route_through_streams(decoder, decoder)
+    num_streams, num_prefix_tokens = streams["num_streams"], streams["num_prefix_tokens"]
+    for name, shape in streams["attention_shapes"].items():
+        attention = base_model.get_submodule(name)
+        route_through_streams(attention, decoder)
+        if num_prefix_tokens > 0:
+            attention.parscale = OwnedPrefixes(num_streams, num_prefix_tokens, shape)
+    for name, (in_features, out_features) in streams["projection_shapes"].items():
+        linear = base_model.get_submodule(name)
+        if streams["stream_transform"] == "lora":
+            rank, alpha = streams["stream_lora_rank"], streams["stream_lora_alpha"]
+            linear.parscale = StreamLora(num_streams, in_features, out_features, rank, alpha)
+        else:
+            linear.parscale = StreamBias(num_streams, out_features)
+        linear.register_forward_hook(_add_transform)
+    kept = base_model._keep_in_fp32_modules_strict or ()
+    base_model._keep_in_fp32_modules_strict = {*kept, STREAMS_ATTRIBUTE}
+
+
+def _add_transform(linear: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+    return output + linear.parscale(args[0]).to(output.dtype)
+
+
+def inherit_weight_names(config_class: type[PreTrainedConfig], *model_classes: type[PreTrainedModel]) -> None:
+    """Let transformers convert tensor names and layouts of these classes as it does for those that they derive from."""
+    stock_config: Any = config_class.__base__
+    pairs = [(config_class.model_type, stock_config.model_type)]
+    pairs += [(model_class.__name__, model_class.__bases__[-1].__name__) for model_class in model_classes]
+    for name, stock_name in pairs:
+        conversions = get_checkpoint_conversion_mapping(stock_name)
+        if conversions is not None:
+            register_checkpoint_conversion_mapping(name, conversions, overwrite=True)

@@ -1,0 +1,1 @@
+"""The PEFT method: configuration, layers, switching, saving and loading."""

@@ -1,0 +1,170 @@
+"""Configuration of the ParScale method: fields, help and checks."""
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from peft import LoraConfig, PeftConfig
+
+from ..core.aggregator import AGGREGATORS
+from ..version import __version__
+from .registration import PARSCALE
+from .shared_lora import lora_config, lora_fields
+
+
+STARTS_OF_PREFIXES = ("normal", "reparameterized", "tokens")
+STREAM_TRANSFORMS = ("prefix", "lora", "bitfit")
+_TRANSFORM_OF_FIELD = {
+    "num_prefix_tokens": "prefix",
+    "init_weights": "prefix",
+    "stream_lora_rank": "lora",
+    "stream_lora_alpha": "lora",
+}
+
+
+@dataclass
+class ParScaleArguments:
+    """What a user chooses about the streams. Shared by [`ParScaleConfig`] and the recipes' command lines."""
+
+    num_streams: int = field(
+        default=4, metadata={"help": "P, the number of parallel streams. 1 is the plain backbone."}
+    )
+    stream_transform: str = field(
+        default="prefix",
+        metadata={
+            "help": "What makes the streams differ: 'prefix' (the paper's choice: prefix keys and values in every "
+            "attention layer), 'lora' (low-rank weights per stream in every linear layer) or 'bitfit' (a bias per "
+            "stream in every linear layer). 'lora' and 'bitfit' also work where attention can't be reached."
+        },
+    )
+    num_prefix_tokens: int = field(
+        default=48,
+        metadata={"help": "With 'prefix': learned prefix keys and values per stream in every attention layer."},
+    )
+    stream_lora_rank: int = field(
+        default=8, metadata={"help": "With 'lora': rank of each stream's own weights in every linear layer."}
+    )
+    stream_lora_alpha: float = field(
+        default=16.0, metadata={"help": "With 'lora': each stream's own weights are scaled by alpha / rank."}
+    )
+    aggregator: str = field(
+        default="dynamic",
+        metadata={
+            "help": "How the streams are mixed: 'dynamic' (the paper's choice: an MLP weighs them anew for every "
+            "token), 'static' (one learned weight per stream) or 'mean' (nothing learned)."
+        },
+    )
+    aggregator_smoothing: float = field(
+        default=0.1, metadata={"help": "eps in w * (1 - eps) + eps / P; keeps every stream's weight above eps / P."}
+    )
+    init_std: float = field(
+        default=0.02, metadata={"help": "Standard deviation of the normal distribution that new weights start from."}
+    )
+    init_weights: str = field(
+        default="normal",
+        metadata={
+            "help": "How the prefixes start: 'normal' (the paper's N(0, init_std)), 'tokens' (keys and values that "
+            "the backbone gives to tokens it generates itself, so that training starts near the backbone's own "
+            "loss), or 'reparameterized' (a small matrix through an MLP, folded into plain prefixes on save). PEFT's "
+            "booleans both mean 'normal'."
+        },
+    )
+    train_backbone: bool = field(
+        default=False,
+        metadata={
+            "help": "False: only prefixes and aggregator learn. True: full continual pretraining; a save then "
+            "carries the trained backbone as well."
+        },
+    )
+
+    def __post_init__(self):
+        if type(self.num_streams) is not int or self.num_streams < 1:
+            raise ValueError(f"`num_streams` must be an integer of at least 1, got {self.num_streams!r}.")
+        if type(self.num_prefix_tokens) is not int or self.num_prefix_tokens < 1:
+            raise ValueError(f"`num_prefix_tokens` must be an integer of at least 1, got {self.num_prefix_tokens!r}.")
+        if not 0 <= self.aggregator_smoothing < 1:
+            raise ValueError(f"`aggregator_smoothing` must lie in [0, 1), got {self.aggregator_smoothing!r}.")
+        if not self.init_std > 0:
+            raise ValueError(f"`init_std` must be positive, got {self.init_std!r}.")
+        if isinstance(self.init_weights, bool):
+            self.init_weights = "normal"
+        self._check_choice("init_weights", STARTS_OF_PREFIXES)
+        self._check_choice("stream_transform", STREAM_TRANSFORMS)
+        self._check_choice("aggregator", tuple(AGGREGATORS))
+        if type(self.stream_lora_rank) is not int or self.stream_lora_rank < 1:
+            raise ValueError(f"`stream_lora_rank` must be an integer of at least 1, got {self.stream_lora_rank!r}.")
+        if not self.stream_lora_alpha > 0:
+            raise ValueError(f"`stream_lora_alpha` must be positive, got {self.stream_lora_alpha!r}.")
+        self._refuse_fields_of_other_transforms()
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value not in choices:
+            raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
+
+    def _refuse_fields_of_other_transforms(self) -> None:
+        defaults = {item.name: item.default for item in dataclasses.fields(ParScaleArguments)}
+        for name, transform in _TRANSFORM_OF_FIELD.items():
+            value = getattr(self, name)
+            if transform != self.stream_transform and value != defaults[name]:
+                raise ValueError(
+                    f"`{name}` belongs to `stream_transform={transform!r}`, got {value!r} with "
+                    f"`stream_transform={self.stream_transform!r}`: leave it at {defaults[name]!r}."
+                )
+
+
+@dataclass
+class ParScaleConfig(ParScaleArguments, PeftConfig):
+    """Configuration of parallel streams on a causal LM, to be passed to [`peft.get_peft_model`].
+
+    Besides the fields of [`ParScaleArguments`] and of [`peft.PeftConfig`]:
+
+    Args:
+        target_modules: names of the decoder and of the attention modules that hold prefixes. Found by running one
+            token through the backbone, never set by the user.
+        modules_to_save: as in PEFT, further modules to train and save with the adapter.
+        lora: a [`peft.LoraConfig`] (or its fields as a dictionary) for low-rank weights on the backbone, shared by all
+            streams, trained with them and saved in the same file. With `num_streams=1` it is a plain LoRA adapter.
+        backbone_fingerprint: what the adapter was trained on; checked when it is put on a backbone again.
+        verify_backbone: False puts the adapter on a backbone with another fingerprint, with a warning. Pass it to
+            `PeftModel.from_pretrained`; it is never saved.
+        parscale_version: the version of this package that made the adapter; set on its first save.
+    """
+
+    target_modules: tuple[str, ...] | list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    lora: LoraConfig | dict | None = None
+    backbone_fingerprint: dict[str, str] | None = None
+    verify_backbone: bool = True
+    parscale_version: str | None = None
+
+    def __post_init__(self):
+        ParScaleArguments.__post_init__(self)
+        PeftConfig.__post_init__(self)
+        if self.train_backbone and self.modules_to_save:
+            raise ValueError(
+                f"`modules_to_save` names parts of the backbone, got {self.modules_to_save}, but `train_backbone=True` "
+                "already trains and saves all of it: leave one of the two out."
+            )
+        if self.lora is not None:
+            self.lora = lora_config(self.lora)
+            if self.train_backbone:
+                raise ValueError(
+                    "`lora` adds low-rank weights to a backbone that `train_backbone=True` trains as a whole: leave one "
+                    "of the two out."
+                )
+        self.peft_type = PARSCALE
+        # A config that comes with a fingerprint was read from a saved adapter, whose tensors replace any start.
+        self.describes_saved_adapter = self.backbone_fingerprint is not None
+        if self.target_modules is not None and not self.describes_saved_adapter:
+            raise ValueError(
+                f"`target_modules` can't be chosen, got {self.target_modules!r}: streams run through every attention "
+                "module of the backbone, which are found by running one token through it."
+            )
+
+    def to_dict(self) -> dict:
+        """The fields that are saved."""
+        fields = super().to_dict()
+        del fields["verify_backbone"]
+        fields["parscale_version"] = self.parscale_version or __version__
+        fields["lora"] = None if self.lora is None else lora_fields(self.lora)
+        return fields

@@ -1,0 +1,259 @@
+"""PEFT layers: where prefixes, aggregators and the transforms of linear layers live, for every adapter."""
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from ..core.aggregator import AGGREGATORS
+from ..core.layout import MixedLayout, StreamLayout, UniformLayout
+from ..core.prefix import ReparameterizedPrefix, StreamPrefix
+from ..core.transforms import StreamBias, StreamLora
+from ..hf.attention import STREAMS_ATTRIBUTE
+from ..hf.backbone import AttentionShape
+from ..hf.cache import CacheOwner
+from ..hf.projections import ProjectionShape
+from .config import ParScaleConfig
+
+
+class ParScaleLayer(nn.Module, BaseTunerLayer):
+    """What both layers share: the number of streams of each adapter, and which adapter is active.
+
+    A layer is a child named `parscale` of the module that it serves; the backbone's own modules stay what they are.
+    """
+
+    other_param_names: tuple[str, ...] = ("streams_of",)
+
+    def __init__(self, host: nn.Module):
+        super().__init__()
+        self.streams_of: dict[str, int] = {}
+        # Kept out of the module tree: the host is this module's parent.
+        object.__setattr__(self, "_host", host)
+        self._disable_adapters = False
+        self._active_adapter: list[str] = []
+        self.merged_adapters: list[str] = []
+
+    @property
+    def current_adapter(self) -> str | None:
+        """The adapter whose streams run now, None for the plain backbone."""
+        if self._disable_adapters:
+            return None
+        return next((name for name in self.active_adapters if name in self.streams_of), None)
+
+    @property
+    def num_streams(self) -> int:
+        """P of the adapter whose streams run now; 1 for the plain backbone."""
+        adapter = self.current_adapter
+        return 1 if adapter is None else self.streams_of[adapter]
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, None]:
+        # PEFT looks for `weight` on the layer that an adapter replaces; these layers stand beside their host.
+        parameter = next((p for p in self._host.parameters() if not p.is_meta), None)
+        return (None if parameter is None else parameter.device), None
+
+    def _place(self, module: nn.Module) -> nn.Module:
+        """Move a new module to the host's device and, if that is a float type, its dtype."""
+        if any(parameter.is_meta for parameter in module.parameters()):
+            return module
+        reference = next(self._host.parameters())
+        dtype = reference.dtype if reference.dtype.is_floating_point else None
+        return module.to(reference.device, dtype)
+
+
+class AttentionStreams(ParScaleLayer):
+    """The prefixes of one attention module.
+
+    Args:
+        host: the attention module.
+        shape: sizes of its keys and values.
+    """
+
+    adapter_layer_names = ("parscale_prefix_k", "parscale_prefix_v")
+    other_param_names = ("streams_of", "prefix_tokens_of")
+
+    def __init__(self, host: nn.Module, shape: AttentionShape):
+        super().__init__(host)
+        self.shape = shape
+        self.prefix_tokens_of: dict[str, int] = {}
+        self.parscale_prefix_k = nn.ModuleDict()
+        self.parscale_prefix_v = nn.ModuleDict()
+
+    def update_layer(self, adapter_name: str, config: ParScaleConfig) -> None:
+        """Add the prefixes of one adapter."""
+        self.streams_of[adapter_name] = config.num_streams
+        self.prefix_tokens_of[adapter_name] = config.num_prefix_tokens
+        is_reparameterized = config.init_weights == "reparameterized" and not config.describes_saved_adapter
+        prefix_class = ReparameterizedPrefix if is_reparameterized else StreamPrefix
+        for container in self.adapter_layer_names:
+            prefix = prefix_class(self.prefix_shape(container, adapter_name))
+            prefix.reset_parameters(config.init_std)
+            getattr(self, container)[adapter_name] = self._place(prefix)
+
+    def prefix_shape(self, container: str, adapter_name: str) -> tuple[int, int, int, int]:
+        """`[P, num_key_value_heads, n, size]` of one adapter's prefix keys or values."""
+        size = self.shape.key_size if container == "parscale_prefix_k" else self.shape.value_size
+        num_prefix_tokens = self.prefix_tokens_of[adapter_name]
+        return (self.streams_of[adapter_name], self.shape.num_key_value_heads, num_prefix_tokens, size)
+
+    @torch.no_grad()
+    def start_from(self, adapter_name: str, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Let the prefixes of one adapter start as `key` and `value` `[P, num_key_value_heads, n, size]`."""
+        self.parscale_prefix_k[adapter_name].weight.copy_(key)
+        self.parscale_prefix_v[adapter_name].weight.copy_(value)
+
+    def forward(self, adapter: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Prefix keys and values `[P, num_key_value_heads, n, key_size or value_size]` of one adapter, if it has any."""
+        if adapter not in self.parscale_prefix_k:
+            return None
+        return self.parscale_prefix_k[adapter](dtype), self.parscale_prefix_v[adapter](dtype)
+
+
+class DecoderStreams(ParScaleLayer):
+    """The aggregators of one decoder.
+
+    Args:
+        host: the decoder.
+        hidden_size: size of its final hidden states.
+        attended_layers, masks_per_row: what [`parscale_adapt.hf.backbone.Backbone`] says of its caches and masks.
+    """
+
+    adapter_layer_names = ("parscale_aggregator",)
+    other_param_names = ("streams_of", "prefix_tokens_of")
+
+    def __init__(self, host: nn.Module, hidden_size: int, attended_layers: frozenset[int], masks_per_row: bool):
+        super().__init__(host)
+        self.hidden_size = hidden_size
+        self.attended_layers = attended_layers
+        self.masks_per_row = masks_per_row
+        self.parscale_aggregator = nn.ModuleDict()
+        self.prefix_tokens_of: dict[str, int] = {}
+        self.samples_may_repeat = False
+        self.adapters_of_batch: list[str | None] | None = None
+        self._mixed_layout: MixedLayout | None = None
+
+    def update_layer(self, adapter_name: str, config: ParScaleConfig) -> None:
+        """Add the aggregator of one adapter; one stream needs none."""
+        self.streams_of[adapter_name] = config.num_streams
+        has_prefix = config.num_streams > 1 and config.stream_transform == "prefix"
+        self.prefix_tokens_of[adapter_name] = config.num_prefix_tokens if has_prefix else 0
+        if config.num_streams > 1:
+            aggregator_class = AGGREGATORS[config.aggregator]
+            aggregator = aggregator_class(self.hidden_size, config.num_streams, config.aggregator_smoothing)
+            aggregator.reset_parameters(config.init_std)
+            self.parscale_aggregator[adapter_name] = self._place(aggregator)
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """n of the adapter whose streams run now; 0 for the plain backbone."""
+        adapter = self.current_adapter
+        return 0 if adapter is None else self.prefix_tokens_of[adapter]
+
+    @property
+    def layout(self) -> StreamLayout:
+        """The rows of the coming or running call."""
+        return UniformLayout(self.num_streams) if self._mixed_layout is None else self._mixed_layout
+
+    @property
+    def cache_owner(self) -> CacheOwner:
+        """Whose keys and values a cache of the coming call holds."""
+        return self.current_adapter if self.adapters_of_batch is None else tuple(self.adapters_of_batch)
+
+    def lay_out(self, batch_size: int, device: torch.device) -> StreamLayout:
+        """Lay out a batch; `adapters_of_batch`, where set, names the adapter of every sample.
+
+        A batch several times as large repeats each sample, as `generate` does for beams, if `samples_may_repeat`.
+
+        Raises:
+            ValueError: the batch has another number of samples than `adapters_of_batch` names.
+        """
+        self._mixed_layout = None
+        if self.adapters_of_batch is not None:
+            repeats, rest = divmod(batch_size, len(self.adapters_of_batch))
+            if rest or not repeats or (repeats > 1 and not self.samples_may_repeat):
+                raise ValueError(
+                    f"`adapter_names` must name one adapter per sample, got {len(self.adapters_of_batch)} names for "
+                    f"{batch_size} samples."
+                )
+            adapters = [name for name in self.adapters_of_batch for _ in range(repeats)]
+            num_streams = [1 if name is None else self.streams_of.get(name, 1) for name in adapters]
+            self._mixed_layout = MixedLayout(adapters, num_streams, device)
+        return self.layout
+
+    def end_mixed_batches(self) -> None:
+        """Go back to one adapter for all samples."""
+        self.adapters_of_batch = self._mixed_layout = None
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Mix the streams: `[R, T, H]` to `[B, T, H]`."""
+        if self._mixed_layout is None:
+            return self.parscale_aggregator[self.current_adapter](hidden_states)
+        mixed = hidden_states.new_empty(len(self._mixed_layout.adapters), *hidden_states.shape[1:])
+        for group in self._mixed_layout.groups:
+            states = hidden_states[group.rows]
+            is_plain = group.num_streams == 1
+            mixed[group.samples] = states if is_plain else self.parscale_aggregator[group.adapter](states)
+        return mixed
+
+
+class ProjectionStreams(ParScaleLayer):
+    """The low-rank weights or biases of each stream at one linear layer.
+
+    The name has no "Linear" in it: PEFT's `target_modules="all-linear"` takes layers by that part of their name.
+
+    Args:
+        host: the linear layer.
+        shape: sizes of its input and output.
+        decoder_streams: knows the layout of the rows.
+    """
+
+    adapter_layer_names = ("parscale_transform",)
+
+    def __init__(self, host: nn.Module, shape: ProjectionShape, decoder_streams: DecoderStreams):
+        super().__init__(host)
+        self.shape = shape
+        # Kept out of the module tree, where it has its own place.
+        object.__setattr__(self, "_decoder_streams", decoder_streams)
+        self.parscale_transform = nn.ModuleDict()
+
+    def update_layer(self, adapter_name: str, config: ParScaleConfig) -> None:
+        """Add the transform of one adapter."""
+        self.streams_of[adapter_name] = config.num_streams
+        transform: StreamLora | StreamBias
+        if config.stream_transform == "lora":
+            rank, alpha = config.stream_lora_rank, config.stream_lora_alpha
+            transform = StreamLora(config.num_streams, *self.shape, rank, alpha)
+        else:
+            transform = StreamBias(config.num_streams, self.shape.out_features)
+        transform.reset_parameters(config.init_std)
+        self.parscale_transform[adapter_name] = self._place(transform)
+
+    def forward(self, states: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """What the linear layer gives in every stream.
+
+        Args:
+            states: its input `[R, T, in_features]`.
+            output: its own output `[R, T, out_features]`.
+        """
+        layout = self._decoder_streams.layout
+        if not isinstance(layout, MixedLayout):
+            adapter = self.current_adapter
+            return output if adapter is None else output + self._change(adapter, states, output.dtype)
+        output = output.clone()
+        for group in layout.groups:
+            if group.adapter is not None and group.adapter in self.parscale_transform:
+                output[group.rows] += self._change(group.adapter, states[group.rows], output.dtype)
+        return output
+
+    def _change(self, adapter: str, states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return self.parscale_transform[adapter](states).to(dtype)
+
+
+def attach_projection_hook(host: nn.Module) -> RemovableHandle:
+    """Let the child module `parscale` of a linear layer add to its output."""
+    return host.register_forward_hook(_add_stream_transform)
+
+
+def _add_stream_transform(host: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+    return getattr(host, STREAMS_ATTRIBUTE)(args[0], output)

@@ -1,0 +1,135 @@
+"""The recipes with other transforms and aggregators, and shared LoRA in their trainer."""
+
+import json
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from support.recipe_runs import PROBE, reloaded_logits
+from support.tiny_models import tiny_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from parscale_adapt import ParScaleConfig
+from parscale_adapt.training.saving import live_tensors, verify_save, whole_state
+from parscale_adapt.training.trainer import check_resumable
+
+
+@pytest.mark.parametrize(("transform", "aggregator"), [("lora", "static"), ("bitfit", "mean")])
+def test_a_run_reloads_to_the_same_logits_and_is_resumed_bit_for_bit(recipes, material, transform, aggregator):
+    options = material.cpt_options(stream_transform=transform, aggregator=aggregator, num_prefix_tokens=None)
+    options |= {"save_strategy": "steps", "save_steps": 2}
+    result = recipes.run("cpt", **options).check()
+    assert result.adapter_config["stream_transform"] == transform
+    assert result.adapter_config["aggregator"] == aggregator
+    mark = "parscale_lora_B" if transform == "lora" else "parscale_bias"
+    assert sum(mark in name for name in result.tensors) == 2 * 7
+    assert any("parscale_aggregator" in name for name in result.tensors) == (aggregator == "static")
+    assert result.losses[-1] < result.losses[0]
+    assert torch.equal(reloaded_logits(result.output_dir), result.logits())
+    checkpoint = str(result.output_dir / "checkpoint-2")
+    resumed = recipes.run("cpt", result.output_dir, **options, resume_from_checkpoint=checkpoint).check()
+    assert torch.equal(resumed.logits(), result.logits())
+
+
+def test_the_backbone_trains_with_the_streams(recipes, material):
+    options = material.cpt_options(stream_transform="lora", num_prefix_tokens=None, train_backbone=True)
+    result = recipes.run("cpt", **options).check()
+    assert torch.equal(reloaded_logits(result.output_dir), result.logits())
+
+
+def quantized(material):
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    return AutoModelForCausalLM.from_pretrained(
+        material.backbone, quantization_config=quantization, dtype=torch.float32, device_map="cpu"
+    )
+
+
+@torch.no_grad()
+def logits(model):
+    return model.eval()(input_ids=PROBE, use_cache=False).logits
+
+
+@pytest.mark.parametrize("transform", ["lora", "bitfit"])
+def test_a_4bit_backbone_carries_transforms(recipes, material, transform):
+    pytest.importorskip("bitsandbytes")
+    options = material.cpt_options(stream_transform=transform, num_prefix_tokens=None, load_in_4bit=True)
+    result = recipes.run("cpt", **options).check()
+    plain = logits(quantized(material))
+    found = logits(PeftModel.from_pretrained(quantized(material), result.output_dir))
+    torch.testing.assert_close(found, result.logits(), atol=1e-5, rtol=0)
+    assert (found - plain).abs().max() > 1e-3
+
+
+def test_a_4bit_backbone_carries_shared_lora(material, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    config = ParScaleConfig(
+        task_type="CAUSAL_LM", num_streams=2, stream_transform="lora", lora={"r": 2, "target_modules": ["q_proj"]}
+    )
+    model = get_peft_model(quantized(material), config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model(input_ids=PROBE, labels=PROBE, use_cache=False).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert not parameter.requires_grad or parameter.grad.any(), name
+    model.save_pretrained(tmp_path)
+    reloaded = PeftModel.from_pretrained(quantized(material), tmp_path)
+    torch.testing.assert_close(logits(reloaded), logits(model), atol=1e-5, rtol=0)
+
+
+def test_saves_with_shared_lora_are_whole_and_verified(tmp_path):
+    config = ParScaleConfig(task_type="CAUSAL_LM", num_streams=2, num_prefix_tokens=3, lora={"r": 2})
+    model = get_peft_model(tiny_model(), config)
+    state = whole_state(model, "default")
+    assert state.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    model.save_pretrained(tmp_path, state_dict=state)
+    assert verify_save(model, tmp_path, "default") == len(state) == len(dict(live_tensors(model, "default")))
+    with torch.no_grad():
+        model.get_base_model().model.layers[1].self_attn.v_proj.lora_B["default"].weight[0, 0] += 1
+    with pytest.raises(ValueError, match=r"v_proj\.lora_B\.weight differs from the live tensor"):
+        verify_save(model, tmp_path, "default")
+
+
+def test_the_trained_adapter_is_found_by_the_auto_class(recipes, material):
+    result = recipes.run("sft", **material.sft_options(stream_transform="bitfit", num_prefix_tokens=None)).check()
+    model = AutoPeftModelForCausalLM.from_pretrained(result.output_dir)
+    assert model.peft_config["default"].stream_transform == "bitfit"
+    assert {name for name, _ in model.named_parameters() if "parscale_transform" in name} != set()
+    plain = AutoModelForCausalLM.from_pretrained(material.backbone)
+    assert (logits(model) - logits(plain)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"stream_transform": "bitfit"}, "stream_transform"),
+        ({"stream_transform": "lora", "stream_lora_rank": 4}, "stream_lora_rank"),
+        ({"stream_transform": "lora", "aggregator": "mean"}, "aggregator"),
+        ({"stream_transform": "lora", "lora": {"r": 3}}, "lora"),
+    ],
+)
+def test_a_checkpoint_of_other_streams_is_not_resumed(tmp_path, changes, name):
+    saved = ParScaleConfig(stream_transform="lora", lora={"r": 2}, backbone_fingerprint={"shape": "{}"})
+    saved.save_pretrained(tmp_path)
+    check_resumable(saved, tmp_path)
+    here = {"lora": {"r": 2}, **changes}
+    with pytest.raises(ValueError, match=f"can't be resumed: its `{name}` is"):
+        check_resumable(ParScaleConfig(backbone_fingerprint={"shape": "{}"}, **here), tmp_path)
+
+
+def test_a_checkpoint_from_before_the_new_fields_is_resumed(tmp_path):
+    config = ParScaleConfig(backbone_fingerprint={"shape": "{}"})
+    config.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    new = ("stream_transform", "stream_lora_rank", "stream_lora_alpha", "aggregator", "lora")
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in fields.items() if name not in new}))
+    check_resumable(config, tmp_path)
+    with pytest.raises(ValueError, match="its `aggregator` is 'dynamic', this run's is 'static'"):
+        check_resumable(ParScaleConfig(aggregator="static", backbone_fingerprint={"shape": "{}"}), tmp_path)

@@ -1,0 +1,161 @@
+"""`accelerate launch` on two processes: every engine trains as one process does on the same global batch, and saves
+what it trained.
+
+All runs of an engine share one launch, since importing the libraries takes longer than a run.
+"""
+
+import pytest
+import torch
+from support.engine_runs import TWO_PROCESSES, assert_agree, assert_saved, runs_of
+from support.recipe_runs import REPOSITORY, Result, command_line, launch, reloaded_logits
+
+
+SAVES = {"save_strategy": "steps", "save_steps": 2}
+LAST_SAVE = 2
+FULL = {"train_backbone": True, "gradient_checkpointing": True}
+HALF = {"dtype": "bfloat16", "train_backbone": True}
+
+
+def resumed(name, folder, options):
+    """A run, and one that goes on from the middle of it."""
+    checkpoint = folder / name / f"checkpoint-{LAST_SAVE}"
+    return {
+        name: ("cpt", {**options}),
+        f"{name}_resumed": ("cpt", {**options, "resume_from_checkpoint": checkpoint}),
+    }
+
+
+@pytest.fixture(scope="module")
+def zero3(material, tmp_path_factory):
+    """Runs under DeepSpeed ZeRO-3, by name, as a list over ranks."""
+    pytest.importorskip("deepspeed")
+    folder = tmp_path_factory.mktemp("zero3")
+    options = material.cpt_options(**TWO_PROCESSES)
+    sft = material.sft_options(
+        adapter_name_or_path=folder / "full", heldout_dataset=material.questions, **TWO_PROCESSES
+    )
+    runs = {
+        **resumed("frozen", folder, {**options, **SAVES}),
+        **resumed("full", folder, {**options, **SAVES, **FULL}),
+        "tokens": ("cpt", {**options, "init_weights": "tokens", "gradient_checkpointing": True}),
+        "reparameterized": ("cpt", {**options, "init_weights": "reparameterized"}),
+        "sft": ("sft", {**sft, "num_streams": None, "num_prefix_tokens": None}),
+        "shards": ("cpt", {**options, **SAVES, "save_shards": True}),
+        "zero2": ("cpt", {**options, "environment": {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, "train_backbone": True}),
+    }
+    return runs_of("zero3", folder, runs)
+
+
+@pytest.fixture(scope="module")
+def fsdp2(material, tmp_path_factory):
+    """Runs under FSDP2, by name, as a list over ranks."""
+    folder = tmp_path_factory.mktemp("fsdp2")
+    options = material.cpt_options(fsdp_on_cpu=True, **TWO_PROCESSES)
+    runs = {
+        "frozen": ("cpt", {**options, "gradient_checkpointing": True}),
+        **resumed("full", folder, {**options, **SAVES, **FULL}),
+        "tokens": ("cpt", {**options, "init_weights": "tokens"}),
+        "shards": ("cpt", {**options, **SAVES, "save_shards": True}),
+        "mixed": ("cpt", {**options, **HALF, "bf16": True}),
+        "half": ("cpt", {**options, **HALF}),
+    }
+    return runs_of("fsdp2", folder, runs)
+
+
+@pytest.fixture(scope="module")
+def alone(recipes, material):
+    """The same runs in one process, whose batch is the global batch."""
+    cpt = {"frozen": {}, "full": {"train_backbone": True}, "tokens": {"init_weights": "tokens"}}
+    cpt["reparameterized"] = {"init_weights": "reparameterized"}
+    return {name: recipes.run("cpt", **material.cpt_options(**changes)).check() for name, changes in cpt.items()}
+
+
+def batches_of(result, rank):
+    return [(batch["step"], batch["ids"], batch["loss"]) for batch in result.batches(rank)]
+
+
+def assert_resumed_exactly(runs, name):
+    whole, later = runs[name], runs[f"{name}_resumed"]
+    for rank in range(2):
+        assert batches_of(later[rank].check(), rank) == batches_of(whole[rank], rank)[LAST_SAVE:]
+    assert later[0].losses == whole[0].losses
+    assert all(torch.equal(later[0].tensors[key], tensor) for key, tensor in whole[0].tensors.items())
+
+
+@pytest.mark.parametrize("name", ["frozen", "full", "tokens", "reparameterized"])
+def test_zero3_trains_as_one_process(zero3, alone, name):
+    result = zero3[name][0].check()
+    kinds = ["ZeRO-3 float32"] if name == "full" else ["ZeRO-3", "ZeRO-3 float32"]
+    assert result.batches()[0]["kinds"] == kinds, "not partitioned"
+    assert result.metrics["num_params"] == alone[name].metrics["num_params"]
+    assert_agree(result, alone[name])
+    assert_saved(result)
+
+
+@pytest.mark.parametrize("name", ["frozen", "full"])
+def test_zero3_resumes_exactly(zero3, name):
+    assert_resumed_exactly(zero3, name)
+
+
+def test_zero3_tunes_what_it_pretrained(zero3, recipes, material):
+    result = zero3["sft"][0].check()
+    options = material.sft_options(
+        adapter_name_or_path=zero3["full"][0].output_dir,
+        heldout_dataset=material.questions,
+        num_streams=None,
+        num_prefix_tokens=None,
+    )
+    assert_agree(result, recipes.run("sft", **options).check())
+    assert_saved(result)
+    before = zero3["full"][0].tensors
+    assert all(torch.equal(result.tensors[name], before[name]) == ("parscale_" not in name) for name in before)
+
+
+def test_zero2_trains_as_one_process(zero3, alone):
+    result = zero3["zero2"][0].check()
+    assert_agree(result, alone["full"])
+    assert_saved(result)
+
+
+@pytest.mark.parametrize("name", ["frozen", "full", "tokens"])
+def test_fsdp2_trains_as_one_process(fsdp2, alone, name):
+    result = fsdp2[name][0].check()
+    kinds = ["DTensor float32"] if name == "full" else ["DTensor", "DTensor float32"]
+    assert result.batches()[0]["kinds"] == kinds, "not sharded"
+    assert_agree(result, alone[name])
+    assert_saved(result)
+
+
+def test_fsdp2_resumes_exactly(fsdp2):
+    assert_resumed_exactly(fsdp2, "full")
+
+
+def test_fsdp2_trains_one_type_over_a_bfloat16_backbone(fsdp2):
+    result = fsdp2["mixed"][0].check()
+    assert result.batches()[0]["kinds"] == ["DTensor float32"]
+    assert {tensor.dtype for tensor in result.tensors.values()} == {torch.float32}
+
+
+def test_fsdp2_refuses_to_train_several_types(fsdp2):
+    for rank, result in enumerate(fsdp2["half"]):
+        assert result.exit_code == 1
+        (sentence,) = result.errors(rank)
+        assert "trained parameters of several types (torch.bfloat16, torch.float32)" in sentence
+
+
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_shards_are_never_saved_as_an_adapter(engine, request):
+    result = request.getfixturevalue(engine)["shards"][0]
+    assert result.exit_code == 1
+    (sentence,) = result.errors()
+    assert ("only a shard" if engine == "fsdp2" else "(0,) instead of (2, 2, 4, 8)") in sentence
+    assert not list(result.output_dir.rglob("adapter_model*"))
+
+
+def test_ddp_trains_as_one_process(material, alone, tmp_path):
+    options = material.cpt_options(train_backbone=True, **TWO_PROCESSES)
+    script = str(REPOSITORY / "recipes" / "cpt.py")
+    launch("ddp", tmp_path / "launch", script, command_line({"output_dir": tmp_path / "run", **options}))
+    result = Result(0, tmp_path / "run", tmp_path)
+    assert_agree(result, alone["full"])
+    assert torch.isfinite(reloaded_logits(result.output_dir)).all()

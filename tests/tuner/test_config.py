@@ -1,0 +1,102 @@
+import dataclasses
+import json
+import math
+
+import pytest
+from peft import PeftConfig
+
+from parscale_adapt import ParScaleConfig
+from parscale_adapt.tuner.config import ParScaleArguments
+
+
+@pytest.mark.parametrize("config_class", [ParScaleArguments, ParScaleConfig])
+@pytest.mark.parametrize(
+    ("field", "value", "rule"),
+    [
+        ("num_streams", 0, "must be an integer of at least 1, got 0"),
+        ("num_streams", -4, "must be an integer of at least 1, got -4"),
+        ("num_streams", 2.0, r"must be an integer of at least 1, got 2\.0"),
+        ("num_streams", True, "must be an integer of at least 1, got True"),
+        ("num_streams", "4", "must be an integer of at least 1, got '4'"),
+        ("num_prefix_tokens", 0, "must be an integer of at least 1, got 0"),
+        ("num_prefix_tokens", 48.5, r"must be an integer of at least 1, got 48\.5"),
+        ("num_prefix_tokens", None, "must be an integer of at least 1, got None"),
+        ("aggregator_smoothing", 1, r"must lie in \[0, 1\), got 1"),
+        ("aggregator_smoothing", -0.1, r"must lie in \[0, 1\), got -0\.1"),
+        ("aggregator_smoothing", math.nan, r"must lie in \[0, 1\), got nan"),
+        ("init_std", 0, "must be positive, got 0"),
+        ("init_std", -0.02, r"must be positive, got -0\.02"),
+        ("init_std", math.nan, "must be positive, got nan"),
+        ("init_weights", "gaussian", "must be one of normal, reparameterized, tokens, got 'gaussian'"),
+        ("init_weights", None, "must be one of normal, reparameterized, tokens, got None"),
+    ],
+)
+def test_a_bad_value_is_refused_with_its_field_rule_and_value(config_class, field, value, rule):
+    with pytest.raises(ValueError, match=f"^`{field}` {rule}"):
+        config_class(**{field: value})
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_the_booleans_of_peft_mean_the_start_of_the_paper(value):
+    assert ParScaleConfig(init_weights=value).init_weights == "normal"
+
+
+def test_the_defaults_are_those_of_the_paper():
+    config = ParScaleConfig()
+    assert (config.num_prefix_tokens, config.aggregator_smoothing, config.init_std) == (48, 0.1, 0.02)
+    assert config.init_weights == "normal"
+    assert not config.train_backbone
+
+
+def test_modules_to_save_beside_a_trained_backbone_are_refused():
+    with pytest.raises(ValueError, match=r"`modules_to_save` names parts of the backbone, got \['lm_head'\]"):
+        ParScaleConfig(train_backbone=True, modules_to_save=["lm_head"])
+
+
+def test_target_modules_are_refused_from_users_and_read_from_files():
+    with pytest.raises(ValueError, match=r"`target_modules` can't be chosen, got \['q_proj'\]"):
+        ParScaleConfig(target_modules=["q_proj"])
+    config = ParScaleConfig(target_modules=["model"], backbone_fingerprint={"shape": "{}"})
+    assert config.target_modules == ["model"]
+
+
+def test_every_own_field_has_help():
+    assert all(field.metadata["help"] for field in dataclasses.fields(ParScaleArguments))
+
+
+def test_no_field_makes_trl_slice_the_logits():
+    assert "num_virtual_tokens" not in {field.name for field in dataclasses.fields(ParScaleConfig)}
+    assert not hasattr(ParScaleConfig(), "num_virtual_tokens")
+    assert not ParScaleConfig().is_prompt_learning
+
+
+def test_the_type_is_a_plain_string_with_the_attributes_that_peft_reads():
+    peft_type = ParScaleConfig().peft_type
+    assert peft_type == "PARSCALE"
+    assert (peft_type.value, peft_type.name) == ("PARSCALE", "PARSCALE")
+    assert str(peft_type) == "PeftType.PARSCALE"
+    assert json.dumps(peft_type) == '"PARSCALE"'
+
+
+def test_a_config_survives_its_file(tmp_path):
+    config = ParScaleConfig(
+        task_type="CAUSAL_LM",
+        num_streams=8,
+        num_prefix_tokens=5,
+        aggregator_smoothing=0.25,
+        init_std=0.5,
+        init_weights="tokens",
+        modules_to_save=["lm_head"],
+        backbone_fingerprint={"shape": "{}"},
+    )
+    config.save_pretrained(tmp_path)
+    loaded = PeftConfig.from_pretrained(tmp_path)
+    assert isinstance(loaded, ParScaleConfig)
+    assert loaded.to_dict() == config.to_dict()
+
+
+def test_skipping_the_check_of_the_backbone_is_never_saved(tmp_path):
+    ParScaleConfig(verify_backbone=False).save_pretrained(tmp_path)
+    assert "verify_backbone" not in json.loads((tmp_path / "adapter_config.json").read_text())
+    assert PeftConfig.from_pretrained(tmp_path).verify_backbone
+    assert not ParScaleConfig.from_pretrained(tmp_path, verify_backbone=False).verify_backbone
