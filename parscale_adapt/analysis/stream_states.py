@@ -15,8 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..core.aggregator import Aggregator
-from ..hf.attention import STREAMS_ATTRIBUTE
 from ..hf.backbone import find_decoder
+from ..hf.stream_call import STREAMS_ATTRIBUTE
 from ..tuner.layer import DecoderStreams, ParScaleLayer
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from .streams import fold_streams_into_heads, replicate, unfold_streams_from_heads
+from .streams import replicate
 
 
 class Group(NamedTuple):
@@ -33,12 +33,20 @@ class UniformLayout:
         return replicate(tensor, self.num_streams)
 
     def to_heads(self, states: torch.Tensor) -> torch.Tensor:
-        """`[R, h, ...]` to `[B, P * h, ...]`."""
-        return fold_streams_into_heads(states, self.num_streams)
+        """`[R, h, ...]` to `[B, P * h, ...]`: streams become heads, stream index major."""
+        by_stream = states.reshape(self.num_streams, -1, *states.shape[1:]).transpose(0, 1)
+        return by_stream.reshape(by_stream.shape[0], -1, *states.shape[2:])
 
     def to_rows(self, states: torch.Tensor) -> torch.Tensor:
-        """`[B, P * h, ...]` to `[R, h, ...]`."""
-        return unfold_streams_from_heads(states, self.num_streams)
+        """`[B, P * h, ...]` to `[R, h, ...]`, the inverse of [`to_heads`]."""
+        num_heads = states.shape[1] // self.num_streams
+        by_sample = states.view(states.shape[0], self.num_streams, num_heads, *states.shape[2:])
+        return by_sample.transpose(0, 1).flatten(0, 1)
+
+    def output_to_rows(self, output: torch.Tensor) -> torch.Tensor:
+        """`[B, T, P * h, d]`, as attention functions return it, to a contiguous `[R, T, h, d]`."""
+        by_sample = output.unflatten(2, (self.num_streams, -1))
+        return by_sample.permute(2, 0, 1, 3, 4).flatten(0, 1).contiguous()
 
     def count_samples(self, num_rows: int) -> int:
         """B."""

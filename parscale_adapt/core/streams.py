@@ -12,25 +12,6 @@ def replicate(tensor: torch.Tensor, num_streams: int) -> torch.Tensor:
     return tensor.repeat(num_streams, *[1] * (tensor.dim() - 1))
 
 
-def fold_streams_into_heads(states: torch.Tensor, num_streams: int) -> torch.Tensor:
-    """`[P * B, h, ...]` to `[B, P * h, ...]`: streams become heads, stream index major."""
-    by_stream = states.reshape(num_streams, -1, *states.shape[1:]).transpose(0, 1)
-    return by_stream.reshape(by_stream.shape[0], -1, *states.shape[2:])
-
-
-def unfold_streams_from_heads(states: torch.Tensor, num_streams: int) -> torch.Tensor:
-    """`[B, P * h, ...]` to `[P * B, h, ...]`, the inverse of [`fold_streams_into_heads`]."""
-    batch_size, num_folded_heads = states.shape[:2]
-    by_sample = states.view(batch_size, num_streams, num_folded_heads // num_streams, *states.shape[2:])
-    return by_sample.transpose(0, 1).flatten(0, 1)
-
-
-def unfold_streams_of_output(output: torch.Tensor, num_streams: int) -> torch.Tensor:
-    """`[B, T, P * h, d]`, as attention functions return it, to a contiguous `[P * B, T, h, d]`."""
-    by_sample = output.unflatten(2, (num_streams, -1))
-    return by_sample.permute(2, 0, 1, 3, 4).flatten(0, 1).contiguous()
-
-
 def aggregation_features(hidden_states: torch.Tensor, num_streams: int) -> torch.Tensor:
     """The aggregator's input: `[P * B, T, H]` to `[B, T, H * P]`, hidden index major (element `h * P + p`)."""
     by_stream = hidden_states.view(num_streams, -1, *hidden_states.shape[1:])

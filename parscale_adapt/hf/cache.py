@@ -11,10 +11,10 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from ..core.layout import StreamLayout
+from .stream_call import CacheOwners
 
 
 _OWNER = "parscale_owner"
-CacheOwner = str | None | tuple[str | None, ...]
 
 
 class _StreamFolding(Cache):
@@ -51,9 +51,9 @@ class _StreamFolding(Cache):
                         states[index] = None if state is None else arrange(state)
 
 
-def claim_cache(cache: Cache, owner: CacheOwner) -> None:
-    """Note whose keys and values `cache` will hold: those of the adapter `owner`, (None) of the plain backbone, or
-    (a tuple) of one of these for every sample.
+def claim_cache(cache: Cache, owner: CacheOwners) -> None:
+    """Note whose keys and values `cache` will hold: those of an adapter, (None) of the plain backbone, or (a
+    tuple) of one of these for every sample.
 
     Raises:
         ValueError: it is filled with those of another owner.
@@ -71,12 +71,12 @@ def claim_cache(cache: Cache, owner: CacheOwner) -> None:
     mark_cache(cache, owner)
 
 
-def mark_cache(cache: Cache, owner: CacheOwner) -> None:
+def mark_cache(cache: Cache, owner: CacheOwners) -> None:
     """Note whose keys and values `cache` holds, without a check."""
     setattr(cache, _OWNER, owner)
 
 
-def claim_pages(cache: Any, owner: CacheOwner) -> None:
+def claim_pages(cache: Any, owner: CacheOwners) -> None:
     """As [`claim_cache`], for the paged cache of continuous batching, which serves one owner for as long as it lives.
 
     Raises:
@@ -104,10 +104,10 @@ def _forget_allocation(layer: CacheLayerMixin | LinearAttentionCacheLayerMixin) 
             layer.is_conv_states_initialized[index] = layer.is_recurrent_states_initialized[index] = False
 
 
-def _describe(owner: CacheOwner) -> str:
+def _describe(owner: CacheOwners) -> str:
     if isinstance(owner, tuple):
         return f"a batch of {', '.join(map(_describe, owner))}"
-    return "the plain backbone" if owner is None else f"the adapter {owner!r}"
+    return "the plain backbone" if owner is None else f"the adapter {owner.name!r}"
 
 
 _view_classes: dict[type, type] = {}  # not `lru_cache`, of which torch.compile warns

@@ -34,10 +34,14 @@ class _View:
     def _attn_implementation(self, value: Any) -> None:
         self.viewed._attn_implementation = value
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "PreTrainedConfig":
-        return config_view(
-            copy.deepcopy(self.viewed, memo), self.name_prefix, copy.deepcopy(self.stream_decoder, memo)
-        )
+    def __copy__(self) -> PreTrainedConfig:
+        # With fields of its own: from a copy, transformers takes away what differs by layer.
+        return config_view(copy.copy(self.viewed), self.name_prefix, self.stream_decoder)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PreTrainedConfig:
+        viewed, decoder = copy.deepcopy(self.viewed, memo), memo.get(id(self.stream_decoder))
+        # A view is copied with its decoder only, never the other way: a copy of the configuration has no weights.
+        return viewed if decoder is None else config_view(viewed, self.name_prefix, decoder)
 
     def __reduce__(self) -> tuple[Callable, tuple]:
         return config_view, (self.viewed, self.name_prefix, self.stream_decoder)

@@ -1,43 +1,132 @@
-"""Streams around a decoder: rows are replicated on the way in and aggregated on the way out.
+"""The door of a decoder: streams enter and leave in one wrapped `forward`.
 
-The aggregation happens inside the decoder's own call, so that the LM head, and losses that call the decoder without
-the causal-LM forward, see B rows.
+Rows are replicated on the way in and aggregated on the way out, inside the decoder's own `forward`, so that the LM head,
+losses that call the decoder without the causal-LM forward, and engines that call `forward` past module hooks see B rows.
 """
 
 import inspect
+from collections.abc import Callable, Iterable
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from ..core.layout import StreamLayout, UniformLayout
-from .attention import STREAMS_ATTRIBUTE, SUPPORTED_IMPLEMENTATIONS
 from .cache import claim_cache, claim_pages, mark_cache, stream_view, viewed_cache
 from .config_view import STREAMS, config_view, stock_config
 from .masks import register_stream_masks
+from .prefixed_attention import SUPPORTED_IMPLEMENTATIONS
+from .stream_call import STREAMS_ATTRIBUTE, DecoderStreamsProtocol
 
 
-_ARGUMENTS_BY_TOKEN = ("input_ids", "inputs_embeds", "position_ids")
+_TOKENS = ("input_ids", "inputs_embeds")
+_ARGUMENTS_BY_TOKEN = (*_TOKENS, "position_ids")
 _CACHES = ("past_key_values", "cache_params")  # the latter where no layer has attention
 
 
-def attach_stream_hooks(decoder: PreTrainedModel) -> list[RemovableHandle]:
-    """Run `decoder` in as many streams as its child `parscale` says.
+class StreamDoor:
+    """The `forward` of a decoder whose child `parscale`, a [`DecoderStreamsProtocol`], runs it in streams.
 
-    What the child must offer:
+    An object and not a closure, so that copies and pickles of the decoder have a door of their own.
 
-    - called on `last_hidden_state` `[R, T, H]`, it returns `[B, T, H]`;
-    - `lay_out(batch_size, device)` and `layout`, the [`StreamLayout`] of the coming or running call;
-    - `num_prefix_tokens`, `current_adapter` (None = the plain backbone) and `cache_owner`, whose keys and values a
-      cache holds;
-    - `attended_layers`, as in [`parscale_adapt.hf.cache.stream_view`], and `masks_per_row`, as in [`parscale_adapt.hf.masks`].
+    Args:
+        decoder: the decoder.
+        inner: the `forward` of this very object where it has one, such as that of accelerate's hooks; None for that of
+            its class.
     """
-    return [
-        decoder.register_forward_pre_hook(_enter_streams, with_kwargs=True, prepend=True),
-        decoder.register_forward_hook(_leave_streams, with_kwargs=True),
-    ]
+
+    def __init__(self, decoder: PreTrainedModel, inner: Callable | None):
+        self.decoder = decoder
+        self.inner = inner
+        self.__signature__ = inspect.signature(inner or type(decoder).forward.__get__(decoder))
+        self.parameters = tuple(self.__signature__.parameters)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the decoder's own `forward`; `last_hidden_state` is the aggregated `[B, T, H]`."""
+        streams: DecoderStreamsProtocol = getattr(self.decoder, STREAMS_ATTRIBUTE)
+        refuse_unsupported_attention(self.decoder)
+        arguments = {**dict(zip(self.parameters, args)), **kwargs}
+        tokens = next((arguments[name] for name in _TOKENS if arguments.get(name) is not None), None)
+        if tokens is None:
+            raise ValueError(f"{type(self.decoder).__name__} needs `input_ids` or `inputs_embeds`, got neither.")
+        layout = streams.open_call(tokens.shape[0], tokens.device).layout
+        try:
+            cache_name, cache = _claimed_cache(arguments, streams)
+            if layout.num_streams == 1:
+                return _marked(self.run_stock(arguments), streams)
+            if cache is None and self._wants_cache(arguments.get("use_cache")):
+                cache = DynamicCache(config=stock_config(self.decoder.config))
+                claim_cache(cache, streams.cache_owner)
+            arguments = _with_rows(self._with_positions(arguments, tokens.shape[1]), tokens.shape[0], layout)
+            if cache is None:
+                return _mixed(self.run_stock(arguments), streams, layout)
+            view = stream_view(cache, layout, streams.attended_layers)
+            view.show_states_as_rows()
+            try:
+                output = self.run_stock({**arguments, cache_name: view})
+            finally:
+                view.hide_streams_of_states()
+            return _mixed(output, streams, layout)
+        finally:
+            streams.close_call()
+
+    def run_stock(self, arguments: dict[str, Any]) -> Any:
+        """The decoder without streams; its class is looked up at the call, since FSDP2 puts another one in its place."""
+        if self.inner is not None:
+            return self.inner(**arguments)
+        return type(self.decoder).forward(self.decoder, **arguments)
+
+    def _wants_cache(self, use_cache: bool | None) -> bool:
+        decoder = self.decoder
+        if "past_key_values" not in self.parameters:
+            return False
+        # The same rule as in transformers' `merge_with_config_defaults`; with a cache, packed documents aren't
+        # recognised.
+        if decoder.training and getattr(decoder, "gradient_checkpointing", False):
+            return False
+        return getattr(decoder.config, "use_cache", False) if use_cache is None else use_cache
+
+    def _with_positions(self, arguments: dict[str, Any], num_tokens: int) -> dict[str, Any]:
+        """Count positions from the first real token of every sample, as `generate` does, where they aren't given.
+
+        Rotary backbones see differences of positions only and don't care. Prefix keys aren't rotated, so for streams
+        the padding on the left of a sample would shift its tokens away from them.
+        """
+        mask = arguments.get("attention_mask")
+        if not isinstance(mask, torch.Tensor) or mask.dim() != 2 or arguments.get("position_ids") is not None:
+            return arguments
+        if "position_ids" not in self.parameters:
+            return arguments
+        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -num_tokens:]
+        return {**arguments, "position_ids": positions}
+
+
+def attach_streams(decoder: PreTrainedModel, attention_modules: Iterable[nn.Module]) -> None:
+    """Run `decoder` in the streams of its child `parscale`.
+
+    Args:
+        decoder: the decoder.
+        attention_modules: its modules that call transformers' attention interface; none where streams differ by
+            something else than prefixes and attention can't be reached.
+    """
+    decoder.forward = StreamDoor(decoder, vars(decoder).get("forward"))
+    attention_modules = list(attention_modules)
+    for module in (decoder, *attention_modules) if attention_modules else ():
+        route_through_streams(module, decoder)
+
+
+def detach_streams(decoder: PreTrainedModel, attention_modules: Iterable[nn.Module]) -> None:
+    """Undo [`attach_streams`], also where it stopped half-way."""
+    for name in ("forward", "_old_forward"):  # the latter where accelerate's hooks were put around the door
+        door = vars(decoder).get(name)
+        if isinstance(door, StreamDoor):
+            setattr(decoder, name, door.inner or MethodType(type(decoder).forward, decoder))
+            if name == "forward" and door.inner is None:
+                del decoder.forward
+    for module in (decoder, *attention_modules):
+        restore_stock_functions(module)
 
 
 def route_through_streams(module: nn.Module, decoder: PreTrainedModel) -> None:
@@ -64,73 +153,26 @@ def refuse_unsupported_attention(decoder: PreTrainedModel) -> None:
         )
 
 
-def _enter_streams(
-    decoder: PreTrainedModel, args: tuple, kwargs: dict[str, Any]
-) -> tuple[tuple, dict[str, Any]] | None:
-    streams = getattr(decoder, STREAMS_ATTRIBUTE)
-    refuse_unsupported_attention(decoder)
-    arguments = _arguments_by_name(decoder, args, kwargs)
-    tokens = arguments["input_ids"] if arguments.get("input_ids") is not None else arguments["inputs_embeds"]
-    layout = streams.lay_out(tokens.shape[0], tokens.device)
-    cache_name = next((name for name in _CACHES if isinstance(arguments.get(name), Cache)), "past_key_values")
-    cache = arguments.get(cache_name)
+def _claimed_cache(arguments: dict[str, Any], streams: DecoderStreamsProtocol) -> tuple[str, Cache | None]:
+    """Name and value of the cache that the caller gave; it, or the pages of continuous batching, belong to `streams`."""
+    name = next((name for name in _CACHES if isinstance(arguments.get(name), Cache)), "past_key_values")
+    cache = arguments.get(name)
     if cache is not None:
         claim_cache(cache, streams.cache_owner)
-    is_paged = arguments.get("cache") is not None
-    if is_paged:
+    if arguments.get("cache") is not None:
         claim_pages(arguments["cache"], streams.cache_owner)
-    if layout.num_streams == 1:
-        return None
-    if cache is None and _wants_cache(decoder, arguments.get("use_cache")):
-        cache = DynamicCache(config=stock_config(decoder.config))
-        claim_cache(cache, streams.cache_owner)
-    arguments = _with_positions(decoder, arguments, tokens.shape[1])
-    arguments = {
-        name: _replicate_rows(name, value, tokens.shape[0], layout)
-        if not is_paged or name in _ARGUMENTS_BY_TOKEN
-        else value
+    return name, cache
+
+
+def _with_rows(arguments: dict[str, Any], batch_size: int, layout: StreamLayout) -> dict[str, Any]:
+    """Arguments laid out by row; those of continuous batching, whose one row holds many requests, by token only."""
+    is_paged = arguments.get("cache") is not None
+    return {
+        name: value
+        if is_paged and name not in _ARGUMENTS_BY_TOKEN
+        else _replicate_rows(name, value, batch_size, layout)
         for name, value in arguments.items()
     }
-    if cache is not None:
-        view = stream_view(cache, layout, streams.attended_layers)
-        view.show_states_as_rows()
-        arguments[cache_name] = view
-    return (), arguments
-
-
-def _with_positions(decoder: PreTrainedModel, arguments: dict[str, Any], num_tokens: int) -> dict[str, Any]:
-    """Count positions from the first real token of every sample, as `generate` does, where they aren't given.
-
-    Rotary backbones see differences of positions only and don't care. Prefix keys aren't rotated, so for streams the
-    padding on the left of a sample would shift its tokens away from them.
-    """
-    mask = arguments.get("attention_mask")
-    if not isinstance(mask, torch.Tensor) or mask.dim() != 2 or arguments.get("position_ids") is not None:
-        return arguments
-    if "position_ids" not in inspect.signature(decoder.forward).parameters:
-        return arguments
-    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -num_tokens:]
-    return {**arguments, "position_ids": positions}
-
-
-def _wants_cache(decoder: PreTrainedModel, use_cache: bool | None) -> bool:
-    if "past_key_values" not in inspect.signature(decoder.forward).parameters:
-        return False
-    # The same rule as in transformers' `merge_with_config_defaults`; with a cache, packed documents aren't recognised.
-    if decoder.training and getattr(decoder, "gradient_checkpointing", False):
-        return False
-    return getattr(decoder.config, "use_cache", False) if use_cache is None else use_cache
-
-
-def _arguments_by_name(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    if not args:
-        return kwargs
-    positional = [
-        parameter.name
-        for parameter in inspect.signature(decoder.forward).parameters.values()
-        if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
-    ]
-    return {**dict(zip(positional, args)), **kwargs}
 
 
 def _replicate_rows(name: str, value: Any, batch_size: int, layout: StreamLayout) -> Any:
@@ -149,26 +191,25 @@ def _replicate_rows(name: str, value: Any, batch_size: int, layout: StreamLayout
     return layout.replicate(value) if value.shape[0] == batch_size else value
 
 
-def _leave_streams(decoder: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-    streams = getattr(decoder, STREAMS_ATTRIBUTE)
-    layout = streams.layout
-    if layout.num_streams == 1:
-        for item in output if isinstance(output, tuple) else output.values():
-            if isinstance(item, Cache):
-                mark_cache(item, streams.cache_owner)
-        return None
-    view = next((kwargs[name] for name in _CACHES if isinstance(kwargs.get(name), Cache)), None)
-    if view is not None:
-        view.hide_streams_of_states()
+def _marked(output: Any, streams: DecoderStreamsProtocol) -> Any:
+    """The output of one stream; a cache that the decoder made itself gets its owner."""
+    for item in output if isinstance(output, tuple) else output.values():
+        if isinstance(item, Cache):
+            mark_cache(item, streams.cache_owner)
+    return output
+
+
+def _mixed(output: Any, streams: DecoderStreamsProtocol, layout: StreamLayout) -> Any:
+    """The output of a decoder `[R, T, H]` with the streams mixed to `[B, T, H]`."""
     if isinstance(output, tuple):
-        rest = [_caller_cache(item, streams) if isinstance(item, Cache) else item for item in output[1:]]
+        rest = [_caller_cache(item, streams, layout) if isinstance(item, Cache) else item for item in output[1:]]
         return (streams(output[0]), *rest)
     output["last_hidden_state"] = streams(output["last_hidden_state"])
     if output.get("hidden_states") is not None:
         output["hidden_states"] = (*output["hidden_states"][:-1], output["last_hidden_state"])
     for name in _CACHES:
         if isinstance(output.get(name), Cache):
-            output[name] = _caller_cache(output[name], streams)
+            output[name] = _caller_cache(output[name], streams, layout)
     if output.get("router_logits") is not None and isinstance(layout, UniformLayout):
         # One entry per layer and stream, so that the backbone's balancing loss finds B * T tokens in each.
         output["router_logits"] = tuple(
@@ -177,10 +218,10 @@ def _leave_streams(decoder: PreTrainedModel, args: tuple, kwargs: dict[str, Any]
     return output
 
 
-def _caller_cache(cache: Cache, streams: Any) -> Cache:
+def _caller_cache(cache: Cache, streams: DecoderStreamsProtocol, layout: StreamLayout) -> Cache:
     """The cache behind a view; one that a decoder without attention made itself gets batch `B`."""
     if viewed_cache(cache) is cache:
-        stream_view(cache, streams.layout, frozenset()).hide_streams_of_states()
+        stream_view(cache, layout, frozenset()).hide_streams_of_states()
         mark_cache(cache, streams.cache_owner)
     return viewed_cache(cache)
 

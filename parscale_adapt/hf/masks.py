@@ -13,29 +13,31 @@ from transformers.masking_utils import (
 )
 
 from ..core.layout import MixedLayout
-from .attention import SUPPORTED_IMPLEMENTATIONS
 from .config_view import STREAMS
+from .prefixed_attention import SUPPORTED_IMPLEMENTATIONS
+from .stream_call import decoder_streams
 
 
 def _stream_mask(implementation: str) -> Callable:
-    stock = ALL_MASK_ATTENTION_FUNCTIONS[implementation]
-
     def mask(batch_size: int, attention_mask: torch.Tensor | None, config: PreTrainedConfig, **kwargs: Any) -> Any:
         """The mask of `batch_size` = R rows of tokens: one for each of their B samples, or, where the architecture
         computes with its masks (`masks_per_row`), one for each row."""
-        streams = config.stream_decoder.parscale
+        streams = decoder_streams(config)
+        layout, _, num_prefix_tokens = streams.running
         if not streams.masks_per_row:
-            batch_size = streams.layout.count_samples(batch_size)
+            batch_size = layout.count_samples(batch_size)
             attention_mask = None if attention_mask is None else attention_mask[:batch_size]  # those of stream 0
         if implementation == "flex_attention":
-            if isinstance(streams.layout, MixedLayout):
+            if isinstance(layout, MixedLayout):
                 raise ValueError(
                     "`adapter_names` can't mix adapters under flex_attention, whose block mask has no rows to select: "
                     'load the backbone with `attn_implementation="sdpa"`.'
                 )
-            if streams.num_prefix_tokens > 0:
-                kwargs |= _behind_prefix(streams.num_prefix_tokens, attention_mask, **kwargs)
+            if num_prefix_tokens > 0:
+                kwargs |= _behind_prefix(num_prefix_tokens, attention_mask, **kwargs)
                 attention_mask = None
+        # Looked up at the call, as attention functions are, so that one that was registered later is found.
+        stock = ALL_MASK_ATTENTION_FUNCTIONS[implementation]
         return stock(batch_size=batch_size, attention_mask=attention_mask, config=config, **kwargs)
 
     return mask

@@ -10,8 +10,9 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from .attention import SUPPORTED_IMPLEMENTATIONS, refuse_arguments_per_key, stock_function
+from .attention import refuse_arguments_per_key, stock_function
 from .config_view import config_view, stock_config
+from .prefixed_attention import SUPPORTED_IMPLEMENTATIONS
 
 
 _OBSERVED = "parscale_observed_"

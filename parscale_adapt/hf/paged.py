@@ -8,9 +8,9 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedM
 from transformers.generation.continuous_batching.cache import SLIDING_ATTENTION, group_layers_by_attn_type
 from transformers.generation.continuous_batching.continuous_api import ContinuousMixin
 
-from .attention import STREAMS_ATTRIBUTE
 from .cache import claim_pages
 from .config_view import stock_config
+from .stream_call import STREAMS_ATTRIBUTE
 
 
 def init_continuous_batching(
@@ -34,17 +34,17 @@ def init_continuous_batching(
     if kept is not None:
         claim_pages(kept.batch_processor.cache, streams.cache_owner)
         return stock(kept.model)
-    if streams.layout.num_streams == 1:
+    if streams.running.layout.num_streams == 1:
         return stock(model, generation_config, continuous_batching_config, **kwargs)
     continuous_batching_config = copy.copy(continuous_batching_config or ContinuousBatchingConfig())
     # Flash attention's decoding path writes into the pages itself, where a prefix can't be put in front.
     continuous_batching_config.max_blocks_per_request = 0
-    if streams.num_prefix_tokens > 0 and SLIDING_ATTENTION in group_layers_by_attn_type(
+    if streams.running.num_prefix_tokens > 0 and SLIDING_ATTENTION in group_layers_by_attn_type(
         model.config.get_text_config()
     ):
         _refuse_flash_attention(model)
         continuous_batching_config.auto_switch_to_flash = False
-    sized = _view_with_heads_of_streams(model, streams.layout.num_streams)
+    sized = _view_with_heads_of_streams(model, streams.running.layout.num_streams)
     return stock(sized, generation_config, continuous_batching_config, **kwargs)
 
 

@@ -12,8 +12,9 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2ForCau
 
 from ..core.aggregator import DynamicAggregator
 from ..core.layout import UniformLayout
-from ..hf.decoder import attach_stream_hooks, route_through_streams
+from ..hf.decoder import attach_streams
 from ..hf.paged import init_continuous_batching
+from ..hf.stream_call import CacheOwner, StreamCall
 
 
 @strict
@@ -29,20 +30,22 @@ class Qwen2ParScaleConfig(Qwen2Config):
 
 
 class _DecoderStreams:
-    """What the hooks ask of a decoder with published weights; there is no adapter to switch."""
+    """The streams of a decoder with published weights, a [`DecoderStreamsProtocol`]; there is no adapter to switch."""
 
-    current_adapter = cache_owner = "qwen2_parscale"
+    cache_owner = CacheOwner("qwen2_parscale", "of the checkpoint")
     masks_per_row = False
 
     def __init__(self, decoder: "Qwen2ParScaleModel"):
         config = decoder.config
         self.attended_layers = range(config.num_hidden_layers)
-        self.layout = UniformLayout(config.parscale_n)
-        self.num_prefix_tokens = config.parscale_n_tokens
+        self.running = StreamCall(UniformLayout(config.parscale_n), "qwen2_parscale", config.parscale_n_tokens)
         self.aggregator = decoder.aggregate_layer
 
-    def lay_out(self, batch_size: int, device: torch.device) -> UniformLayout:
-        return self.layout
+    def open_call(self, batch_size: int, device: torch.device) -> StreamCall:
+        return self.running
+
+    def close_call(self) -> None:
+        """Nothing to forget."""
 
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.aggregator(hidden_states)
@@ -81,9 +84,7 @@ class Qwen2ParScaleModel(Qwen2Model):
             self.aggregate_layer = DynamicAggregator(
                 config.hidden_size, config.parscale_n, config.parscale_attn_smooth
             )
-            attach_stream_hooks(self)
-            for module in (self, *(layer.self_attn for layer in self.layers)):
-                route_through_streams(module, self)
+            attach_streams(self, (layer.self_attn for layer in self.layers))
             self.post_init()
 
     @property

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..hf.attention import STREAMS_ATTRIBUTE
 from ..hf.backbone import Backbone
+from ..hf.stream_call import STREAMS_ATTRIBUTE
 from ..version import __version__
 from .bundle import CODE_FILE, ClassNames, joined_code
 from .streamed import StreamedCausalLM, StreamedModel, inherit_weight_names

@@ -22,10 +22,10 @@ from ..core.aggregator import AGGREGATORS, Aggregator
 from ..core.layout import UniformLayout
 from ..core.prefix import StreamPrefix
 from ..core.transforms import StreamBias, StreamLora
-from ..hf.attention import STREAMS_ATTRIBUTE
 from ..hf.config_view import stock_config
-from ..hf.decoder import attach_stream_hooks, route_through_streams
+from ..hf.decoder import attach_streams
 from ..hf.paged import init_continuous_batching
+from ..hf.stream_call import STREAMS_ATTRIBUTE, CacheOwner, StreamCall
 
 
 _INIT_STD = 0.02
@@ -58,20 +58,22 @@ class OwnedStreams(nn.Module):
         streams: `config.parscale`.
     """
 
-    current_adapter = cache_owner = "parscale"
+    cache_owner = CacheOwner("parscale", "of the checkpoint")
 
     def __init__(self, streams: dict[str, Any]):
         super().__init__()
         num_streams, smoothing = streams["num_streams"], streams["aggregator_smoothing"]
-        self.layout = UniformLayout(num_streams)
-        self.num_prefix_tokens = streams["num_prefix_tokens"]
+        self.running = StreamCall(UniformLayout(num_streams), "parscale", streams["num_prefix_tokens"])
         self.attended_layers = frozenset(streams["attended_layers"])
         self.masks_per_row = streams["masks_per_row"]
         self.aggregator = AGGREGATORS[streams["aggregator"]](streams["hidden_size"], num_streams, smoothing)
 
-    def lay_out(self, batch_size: int, device: torch.device) -> UniformLayout:
+    def open_call(self, batch_size: int, device: torch.device) -> StreamCall:
         """The same for every batch."""
-        return self.layout
+        return self.running
+
+    def close_call(self) -> None:
+        """Nothing to forget."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Mix the streams: `[P * B, T, H]` to `[B, T, H]`."""
@@ -141,14 +143,11 @@ def add_streams(base_model: PreTrainedModel) -> None:
     streams = base_model.config.parscale
     decoder = base_model.get_submodule(streams["decoder"])
     decoder.parscale = OwnedStreams(streams)
-    attach_stream_hooks(decoder)
-    if streams["attention_shapes"]:
-        route_through_streams(decoder, decoder)
+    attach_streams(decoder, map(base_model.get_submodule, streams["attention_shapes"]))
     num_streams, num_prefix_tokens = streams["num_streams"], streams["num_prefix_tokens"]
     for name, shape in streams["attention_shapes"].items():
-        attention = base_model.get_submodule(name)
-        route_through_streams(attention, decoder)
         if num_prefix_tokens > 0:
+            attention = base_model.get_submodule(name)
             attention.parscale = OwnedPrefixes(num_streams, num_prefix_tokens, shape)
     for name, (in_features, out_features) in streams["projection_shapes"].items():
         linear = base_model.get_submodule(name)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
 from trl import SFTConfig
 
-from ..hf.attention import SUPPORTED_IMPLEMENTATIONS
+from ..hf.prefixed_attention import SUPPORTED_IMPLEMENTATIONS
 from ..tuner.config import ParScaleArguments
 from .arguments import BackboneArguments
 

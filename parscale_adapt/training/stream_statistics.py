@@ -9,7 +9,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from ..core.aggregator import Aggregator
 from ..core.weight_statistics import stream_statistics
-from ..hf.attention import STREAMS_ATTRIBUTE
+from ..hf.stream_call import STREAMS_ATTRIBUTE
 from ..tuner.layer import DecoderStreams
 
 

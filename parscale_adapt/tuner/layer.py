@@ -1,5 +1,9 @@
 """PEFT layers: where prefixes, aggregators and the transforms of linear layers live, for every adapter."""
 
+import threading
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -8,13 +12,12 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..core.aggregator import AGGREGATORS
-from ..core.layout import MixedLayout, StreamLayout, UniformLayout
+from ..core.layout import MixedLayout, UniformLayout
 from ..core.prefix import ReparameterizedPrefix, StreamPrefix
 from ..core.transforms import StreamBias, StreamLora
-from ..hf.attention import STREAMS_ATTRIBUTE
 from ..hf.backbone import AttentionShape
-from ..hf.cache import CacheOwner
 from ..hf.projections import ProjectionShape
+from ..hf.stream_call import STREAMS_ATTRIBUTE, CacheOwner, CacheOwners, StreamCall
 from .config import ParScaleConfig
 
 
@@ -110,8 +113,22 @@ class AttentionStreams(ParScaleLayer):
         return self.parscale_prefix_k[adapter](dtype), self.parscale_prefix_v[adapter](dtype)
 
 
+class _Batch(threading.local):
+    """What a thread says of the batch that it runs, where its samples run different adapters.
+
+    Args of [`DecoderStreams.mixed_batches`], and the layout of the running call.
+    """
+
+    adapters: tuple[str | None, ...] | None = None
+    may_repeat = False
+    layout: MixedLayout | None = None
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return _Batch, ()  # a copy of a model runs no batch
+
+
 class DecoderStreams(ParScaleLayer):
-    """The aggregators of one decoder.
+    """The aggregators of one decoder; a [`DecoderStreamsProtocol`].
 
     Args:
         host: the decoder.
@@ -120,7 +137,7 @@ class DecoderStreams(ParScaleLayer):
     """
 
     adapter_layer_names = ("parscale_aggregator",)
-    other_param_names = ("streams_of", "prefix_tokens_of")
+    other_param_names = ("streams_of", "prefix_tokens_of", "cache_owner_of")
 
     def __init__(self, host: nn.Module, hidden_size: int, attended_layers: frozenset[int], masks_per_row: bool):
         super().__init__(host)
@@ -129,13 +146,14 @@ class DecoderStreams(ParScaleLayer):
         self.masks_per_row = masks_per_row
         self.parscale_aggregator = nn.ModuleDict()
         self.prefix_tokens_of: dict[str, int] = {}
-        self.samples_may_repeat = False
-        self.adapters_of_batch: list[str | None] | None = None
-        self._mixed_layout: MixedLayout | None = None
+        self.cache_owner_of: dict[str, CacheOwner] = {}
+        self._batch = _Batch()
+        self._num_mixing = 0
 
     def update_layer(self, adapter_name: str, config: ParScaleConfig) -> None:
         """Add the aggregator of one adapter; one stream needs none."""
         self.streams_of[adapter_name] = config.num_streams
+        self.cache_owner_of[adapter_name] = CacheOwner(adapter_name, uuid.uuid4().hex)
         has_prefix = config.num_streams > 1 and config.stream_transform == "prefix"
         self.prefix_tokens_of[adapter_name] = config.num_prefix_tokens if has_prefix else 0
         if config.num_streams > 1:
@@ -145,56 +163,115 @@ class DecoderStreams(ParScaleLayer):
             self.parscale_aggregator[adapter_name] = self._place(aggregator)
 
     @property
-    def num_prefix_tokens(self) -> int:
-        """n of the adapter whose streams run now; 0 for the plain backbone."""
+    def running(self) -> StreamCall:
+        """See [`DecoderStreamsProtocol`]."""
+        if self._num_mixing:
+            layout = _layout_of_thread(self._batch)
+            if layout is not None:
+                return StreamCall(layout, None, 0)
         adapter = self.current_adapter
-        return 0 if adapter is None else self.prefix_tokens_of[adapter]
+        num_prefix_tokens = 0 if adapter is None else self.prefix_tokens_of[adapter]
+        return StreamCall(UniformLayout(self.num_streams), adapter, num_prefix_tokens)
 
     @property
-    def layout(self) -> StreamLayout:
-        """The rows of the coming or running call."""
-        return UniformLayout(self.num_streams) if self._mixed_layout is None else self._mixed_layout
+    def cache_owner(self) -> CacheOwners:
+        """See [`DecoderStreamsProtocol`]."""
+        adapters = _adapters_of_thread(self._batch) if self._num_mixing else None
+        if adapters is not None:
+            return tuple(None if name is None else self.cache_owner_of[name] for name in adapters)
+        adapter = self.current_adapter
+        return None if adapter is None else self.cache_owner_of[adapter]
 
-    @property
-    def cache_owner(self) -> CacheOwner:
-        """Whose keys and values a cache of the coming call holds."""
-        return self.current_adapter if self.adapters_of_batch is None else tuple(self.adapters_of_batch)
+    @contextmanager
+    def mixed_batches(self, adapters: Sequence[str | None], may_repeat: bool) -> Iterator[None]:
+        """Inside the block, in this thread, every sample runs an adapter of its own.
 
-    def lay_out(self, batch_size: int, device: torch.device) -> StreamLayout:
-        """Lay out a batch; `adapters_of_batch`, where set, names the adapter of every sample.
+        Args:
+            adapters: the adapter of every sample, None for the plain backbone.
+            may_repeat: a batch several times as large repeats each sample, as `generate` does for beams.
+        """
+        before = dict(vars(self._batch))
+        self._batch.adapters = tuple(name if name in self.streams_of else None for name in adapters)
+        self._batch.may_repeat, self._batch.layout = may_repeat, None
+        with _COUNTING:  # `torch.compile` guards on this number, and not on what a thread keeps for itself
+            self._num_mixing += 1
+        try:
+            yield
+        finally:
+            with _COUNTING:
+                self._num_mixing -= 1
+            vars(self._batch).clear()
+            vars(self._batch).update(before)
 
-        A batch several times as large repeats each sample, as `generate` does for beams, if `samples_may_repeat`.
+    def open_call(self, batch_size: int, device: torch.device) -> StreamCall:
+        """See [`DecoderStreamsProtocol`].
 
         Raises:
-            ValueError: the batch has another number of samples than `adapters_of_batch` names.
+            ValueError: the batch has another number of samples than [`mixed_batches`] names adapters.
         """
-        self._mixed_layout = None
-        if self.adapters_of_batch is not None:
-            repeats, rest = divmod(batch_size, len(self.adapters_of_batch))
-            if rest or not repeats or (repeats > 1 and not self.samples_may_repeat):
-                raise ValueError(
-                    f"`adapter_names` must name one adapter per sample, got {len(self.adapters_of_batch)} names for "
-                    f"{batch_size} samples."
-                )
-            adapters = [name for name in self.adapters_of_batch for _ in range(repeats)]
-            num_streams = [1 if name is None else self.streams_of.get(name, 1) for name in adapters]
-            self._mixed_layout = MixedLayout(adapters, num_streams, device)
-        return self.layout
+        if self._num_mixing:
+            _lay_out_mixed(self._batch, self.streams_of, batch_size, device)
+        return self.running
 
-    def end_mixed_batches(self) -> None:
-        """Go back to one adapter for all samples."""
-        self.adapters_of_batch = self._mixed_layout = None
+    def close_call(self) -> None:
+        """See [`DecoderStreamsProtocol`]."""
+        if self._num_mixing:
+            _forget_layout(self._batch)
+
+    def adapters_of_rows(self, num_rows: int) -> tuple[str | None, ...] | None:
+        """In a batch that mixes adapters, the one of every row: inside the decoder R rows, outside of it B."""
+        adapters = _adapters_of_thread(self._batch) if self._num_mixing else None
+        if adapters is None:
+            return None
+        layout = _layout_of_thread(self._batch)
+        if layout is not None:
+            return layout.adapter_of_row
+        return tuple(name for name in adapters for _ in range(num_rows // len(adapters)))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Mix the streams: `[R, T, H]` to `[B, T, H]`."""
-        if self._mixed_layout is None:
-            return self.parscale_aggregator[self.current_adapter](hidden_states)
-        mixed = hidden_states.new_empty(len(self._mixed_layout.adapters), *hidden_states.shape[1:])
-        for group in self._mixed_layout.groups:
+        layout, adapter, _ = self.running
+        if isinstance(layout, UniformLayout):
+            return self.parscale_aggregator[adapter](hidden_states)
+        mixed = hidden_states.new_empty(len(layout.adapters), *hidden_states.shape[1:])
+        for group in layout.groups:
             states = hidden_states[group.rows]
             is_plain = group.num_streams == 1
             mixed[group.samples] = states if is_plain else self.parscale_aggregator[group.adapter](states)
         return mixed
+
+
+_COUNTING = threading.Lock()
+
+
+# What a thread keeps for itself is read outside of compiled code, which would keep the first value that it saw.
+@torch.compiler.disable
+def _layout_of_thread(batch: _Batch) -> MixedLayout | None:
+    return batch.layout
+
+
+@torch.compiler.disable
+def _adapters_of_thread(batch: _Batch) -> tuple[str | None, ...] | None:
+    return batch.adapters
+
+
+@torch.compiler.disable
+def _lay_out_mixed(batch: _Batch, streams_of: dict[str, int], batch_size: int, device: torch.device) -> None:
+    if batch.adapters is None:
+        return
+    repeats, rest = divmod(batch_size, len(batch.adapters))
+    if rest or not repeats or (repeats > 1 and not batch.may_repeat):
+        raise ValueError(
+            f"`adapter_names` must name one adapter per sample, got {len(batch.adapters)} names for {batch_size} samples."
+        )
+    adapters = [name for name in batch.adapters for _ in range(repeats)]
+    num_streams = [1 if name is None else streams_of[name] for name in adapters]
+    batch.layout = MixedLayout(adapters, num_streams, device)
+
+
+@torch.compiler.disable
+def _forget_layout(batch: _Batch) -> None:
+    batch.layout = None
 
 
 class ProjectionStreams(ParScaleLayer):
@@ -236,7 +313,7 @@ class ProjectionStreams(ParScaleLayer):
             states: its input `[R, T, in_features]`.
             output: its own output `[R, T, out_features]`.
         """
-        layout = self._decoder_streams.layout
+        layout = self._decoder_streams.running.layout
         if not isinstance(layout, MixedLayout):
             adapter = self.current_adapter
             return output if adapter is None else output + self._change(adapter, states, output.dtype)

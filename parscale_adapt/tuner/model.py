@@ -11,14 +11,15 @@ from peft import PeftConfig, functional
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
-from ..hf.attention import STREAMS_ATTRIBUTE
 from ..hf.backbone import Backbone, ObservedStates, probe_backbone
-from ..hf.decoder import attach_stream_hooks, restore_stock_functions, route_through_streams
+from ..hf.decoder import attach_streams, detach_streams
 from ..hf.fingerprint import backbone_fingerprint
 from ..hf.paged import init_continuous_batching
 from ..hf.projections import ProjectionShape, observe_projections
+from ..hf.stream_call import STREAMS_ATTRIBUTE
 from ..models.standalone import base_model_name, describe_streams, make_standalone, standalone_classes
 from .config import ParScaleConfig
 from .layer import AttentionStreams, DecoderStreams, ParScaleLayer, ProjectionStreams, attach_projection_hook
@@ -181,11 +182,9 @@ class ParScaleModel(BaseTuner):
 
     def _new_layer(self, target: nn.Module, key: str) -> ParScaleLayer:
         if key == self._backbone.decoder_name:
-            self._stream_hooks = attach_stream_hooks(target)
+            self._stream_hooks: list[RemovableHandle] = []
+            attach_streams(target, map(self.model.get_submodule, self._backbone.attention_shapes))
             self.model.init_continuous_batching = MethodType(init_continuous_batching, self.model)
-            if self._backbone.attention_shapes:
-                for name in (key, *self._backbone.attention_shapes):
-                    route_through_streams(self.model.get_submodule(name), target)
             found = self._backbone
             return DecoderStreams(target, found.hidden_size, found.attended_layers, found.masks_per_row)
         if key in self._backbone.attention_shapes:
@@ -261,13 +260,8 @@ class ParScaleModel(BaseTuner):
         if streams is None:  # no adapter has more than one stream
             yield
             return
-        streams.adapters_of_batch = [name if name in streams.streams_of else None for name in adapters]
-        streams.samples_may_repeat = may_repeat
-        try:
-            with lora_by_row(self.model, lambda: streams.layout):
-                yield
-        finally:
-            streams.end_mixed_batches()
+        with streams.mixed_batches(adapters, may_repeat), lora_by_row(self.model, streams.adapters_of_rows):
+            yield
 
     def generate_batch(self, *args, **kwargs) -> dict[str, GenerationOutput]:
         """transformers' continuous batching, under the active adapter.
@@ -292,8 +286,8 @@ class ParScaleModel(BaseTuner):
             hook.remove()
         self.model.destroy_cached_continuous_batching_manager()
         self.model.__dict__.pop("init_continuous_batching", None)
-        for name in (self._backbone.decoder_name, *self._backbone.attention_shapes):
-            restore_stock_functions(self.model.get_submodule(name))
+        decoder = self.model.get_submodule(self._backbone.decoder_name)
+        detach_streams(decoder, map(self.model.get_submodule, self._backbone.attention_shapes))
         for module in list(self.model.modules()):
             if isinstance(getattr(module, STREAMS_ATTRIBUTE, None), ParScaleLayer):
                 delattr(module, STREAMS_ATTRIBUTE)

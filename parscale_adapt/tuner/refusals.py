@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..hf.attention import STREAMS_ATTRIBUTE
 from ..hf.backbone import find_decoder
 from ..hf.fingerprint import describe_difference
+from ..hf.stream_call import STREAMS_ATTRIBUTE
 from .config import ParScaleConfig
 from .layer import ParScaleLayer
 

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -12,8 +12,6 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
-
-from ..core.layout import MixedLayout, StreamLayout
 
 
 SUPPORTED_FIELDS = (
@@ -115,16 +113,19 @@ def _and_trained_copies(excluded: list[str] | str | None, model: nn.Module) -> l
 
 
 @contextmanager
-def lora_by_row(model: nn.Module, current_layout: Callable[[], StreamLayout]) -> Iterator[None]:
-    """In batches that mix adapters, let every row run the shared LoRA of its own one, by PEFT's `adapter_names`."""
+def lora_by_row(model: nn.Module, adapters_of_rows: Callable[[int], Sequence[str | None] | None]) -> Iterator[None]:
+    """In batches that mix adapters, let every row run the shared LoRA of its own one, by PEFT's `adapter_names`.
+
+    Args:
+        model: the causal LM.
+        adapters_of_rows: the adapter of each of so many rows, None for the plain backbone; None where none are mixed.
+    """
 
     def name_rows(layer: LoraLayer, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        layout = current_layout()
-        if not isinstance(layout, MixedLayout):
+        names = adapters_of_rows(len(args[0]))
+        if names is None:
             return args, kwargs
-        # Outside of the decoder, where the LM head stands, a batch has one row per sample.
-        rows = layout.adapter_of_row if len(args[0]) == len(layout.adapter_of_row) else layout.adapters
-        return args, {**kwargs, "adapter_names": ["__base__" if name is None else name for name in rows]}
+        return args, {**kwargs, "adapter_names": ["__base__" if name is None else name for name in names]}
 
     with ExitStack() as stack:
         for layer in model.modules():

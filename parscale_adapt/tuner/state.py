@@ -15,8 +15,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..core.prefix import ReparameterizedPrefix
-from ..hf.attention import STREAMS_ATTRIBUTE
 from ..hf.engines import gathered, is_partitioned
+from ..hf.stream_call import STREAMS_ATTRIBUTE
 from .layer import ParScaleLayer
 from .registration import PARAMETER_PREFIX
 

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 
@@ -6,6 +8,30 @@ from parscale_adapt.core.layout import MixedLayout, UniformLayout
 
 ADAPTERS, STREAMS = ["four", None, "two", "four"], [4, 1, 2, 4]
 ROWS = [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 2), (1, 3), (2, 0), (2, 3), (3, 0), (3, 3)]  # stream, sample
+
+P, B, T, HEADS, SIZE = 3, 2, 4, 2, 6
+
+
+def test_folding_puts_the_heads_of_stream_p_at_p_times_heads():
+    rows = torch.randn(P * B, HEADS, T, SIZE)
+    folded = UniformLayout(P).to_heads(rows)
+    assert folded.shape == (B, P * HEADS, T, SIZE)
+    for stream, sample, head in itertools.product(range(P), range(B), range(HEADS)):
+        assert torch.equal(folded[sample, stream * HEADS + head], rows[stream * B + sample, head])
+
+
+@pytest.mark.parametrize("shape", [(HEADS, T, SIZE), (HEADS,), (HEADS, T)])
+def test_unfolding_undoes_folding(shape):
+    rows = torch.randn(P * B, *shape)
+    assert torch.equal(UniformLayout(P).to_rows(UniformLayout(P).to_heads(rows)), rows)
+
+
+def test_outputs_of_attention_become_rows_again():
+    rows = torch.randn(P * B, HEADS, T, SIZE)
+    output = UniformLayout(P).to_heads(rows).transpose(1, 2)
+    result = UniformLayout(P).output_to_rows(output)
+    assert torch.equal(result, rows.transpose(1, 2))
+    assert result.is_contiguous()
 
 
 def mixed():

@@ -6,15 +6,13 @@ import torch
 
 from parscale_adapt.core.streams import (
     aggregation_features,
-    fold_streams_into_heads,
     replicate,
     smooth_weights,
-    unfold_streams_from_heads,
     weighted_sum,
 )
 
 
-P, B, T, H, HEADS, SIZE = 3, 2, 4, 5, 2, 6
+P, B, T, H = 3, 2, 4, 5
 
 
 @pytest.mark.parametrize("shape", [(B,), (B, T), (B, T, H), (B, 1, T, T)])
@@ -24,20 +22,6 @@ def test_row_p_times_b_plus_b_is_stream_p_of_sample_b(shape):
     assert rows.shape == (P * B, *shape[1:])
     for stream, sample in itertools.product(range(P), range(B)):
         assert torch.equal(rows[stream * B + sample], samples[sample])
-
-
-def test_folding_puts_the_heads_of_stream_p_at_p_times_heads():
-    rows = torch.randn(P * B, HEADS, T, SIZE)
-    folded = fold_streams_into_heads(rows, P)
-    assert folded.shape == (B, P * HEADS, T, SIZE)
-    for stream, sample, head in itertools.product(range(P), range(B), range(HEADS)):
-        assert torch.equal(folded[sample, stream * HEADS + head], rows[stream * B + sample, head])
-
-
-@pytest.mark.parametrize("shape", [(HEADS, T, SIZE), (HEADS,), (HEADS, T)])
-def test_unfolding_undoes_folding(shape):
-    rows = torch.randn(P * B, *shape)
-    assert torch.equal(unfold_streams_from_heads(fold_streams_into_heads(rows, P), P), rows)
 
 
 def test_element_h_times_p_plus_p_of_the_features_is_hidden_element_h_of_stream_p():

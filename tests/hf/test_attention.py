@@ -10,10 +10,10 @@ from transformers.models.llama import modeling_llama
 
 from parscale_adapt.core.layout import UniformLayout
 from parscale_adapt.core.prefix import StreamPrefix
-from parscale_adapt.core.streams import fold_streams_into_heads
-from parscale_adapt.hf.attention import SUPPORTED_IMPLEMENTATIONS
 from parscale_adapt.hf.decoder import restore_stock_functions, route_through_streams
 from parscale_adapt.hf.observer import AttentionObserver, observe_attention
+from parscale_adapt.hf.prefixed_attention import SUPPORTED_IMPLEMENTATIONS
+from parscale_adapt.hf.stream_call import StreamCall
 
 
 P, B, HEADS, GROUPS, SIZE, VALUE_SIZE, N = 2, 3, 2, 2, 8, 6, 4
@@ -38,7 +38,7 @@ def attention_module(num_streams=P, implementation="sdpa"):
     module = modeling_llama.LlamaAttention(model.config, layer_idx=0)
     module.num_key_value_groups = GROUPS
     module.parscale = Streams()
-    model.model.parscale = SimpleNamespace(layout=UniformLayout(num_streams), current_adapter="chosen")
+    model.model.parscale = SimpleNamespace(running=StreamCall(UniformLayout(num_streams), "chosen", N))
     route_through_streams(module, model.model)
     return module
 
@@ -77,7 +77,7 @@ def test_without_a_mask_sdpa_lets_token_t_see_the_prefix_and_tokens_up_to_t(leng
     module, (query, key, value) = attention_module(), random_states(length)
     expected = attend_by_hand(module.parscale, query, key, value, causal(length))
     if folded:
-        key, value = fold_streams_into_heads(key, P), fold_streams_into_heads(value, P)
+        key, value = UniformLayout(P).to_heads(key), UniformLayout(P).to_heads(value)
     torch.testing.assert_close(attend("sdpa", module, query, key, value), expected)
 
 
@@ -162,7 +162,7 @@ def test_a_position_bias_weighs_tokens_and_leaves_the_prefix_alone(rows_of_bias,
     scores[..., N:] += bias.masked_fill(~causal(5)[:1, None], -math.inf)
     expected = (scores.softmax(-1) @ values.repeat_interleave(GROUPS, 1)).transpose(1, 2)
     if folded:
-        key, value = fold_streams_into_heads(key, P), fold_streams_into_heads(value, P)
+        key, value = UniformLayout(P).to_heads(key), UniformLayout(P).to_heads(value)
     torch.testing.assert_close(attend("sdpa", module, query, key, value, mask, position_bias=bias), expected)
 
 

@@ -1,0 +1,147 @@
+"""The prefix in front of keys and values, one function per family of attention implementations.
+
+They get what one attention function was called with, laid out either as rows or with streams as heads, and hand over to
+the stock function of transformers.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from ..core.joined_attention import attend_over_prefix_and_cache
+from ..core.packed_documents import lengths_of_documents, put_prefix_before_documents
+
+
+MAX_JOINED_QUERIES = 16
+
+AttentionOutput = tuple[torch.Tensor, torch.Tensor | None]
+
+
+class AttentionInputs(NamedTuple):
+    """What one attention function was called with. `N` is R rows, or B samples with streams among the heads.
+
+    Args:
+        stock: transformers' function of the implementation.
+        module: the attention module, as `stock` should see it.
+        query: `[N, heads, T, key_size]`.
+        key, value: `[N, key_value_heads, S, key_size or value_size]`.
+        mask: as the mask function of the implementation made it.
+        options: further keyword arguments.
+        prefix: keys and values `[N or 1, key_value_heads, n, key_size or value_size]`, visible to every query.
+    """
+
+    stock: Callable
+    module: Any
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: Any
+    options: dict[str, Any]
+    prefix: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
+def call_stock(inputs: AttentionInputs) -> AttentionOutput:
+    """The stock function, without a prefix or with one that is among the keys already."""
+    return inputs.stock(inputs.module, inputs.query, inputs.key, inputs.value, inputs.mask, **inputs.options)
+
+
+def _prefix_of_every_sample(inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    assert inputs.prefix is not None
+    key, value = inputs.prefix
+    return key.expand(inputs.key.shape[0], -1, -1, -1), value.expand(inputs.value.shape[0], -1, -1, -1)
+
+
+def attend_by_concatenation(inputs: AttentionInputs) -> AttentionOutput:
+    """The prefix in front of keys and values; masks and position biases get `n` columns that show it."""
+    prefix_key, prefix_value = _prefix_of_every_sample(inputs)
+    num_prefix_tokens, options, mask = prefix_key.shape[-2], inputs.options, inputs.mask
+    if options.get("position_bias") is not None:
+        options = {**options, "position_bias": F.pad(options["position_bias"], (num_prefix_tokens, 0))}
+    if isinstance(mask, torch.Tensor):
+        mask = F.pad(mask, (num_prefix_tokens, 0), value=0.0 if mask.dtype.is_floating_point else 1)
+    return call_stock(
+        inputs._replace(
+            key=torch.cat([prefix_key, inputs.key], dim=-2),
+            value=torch.cat([prefix_value, inputs.value], dim=-2),
+            mask=mask,
+            options=options,
+        )
+    )
+
+
+def attend_by_sdpa(inputs: AttentionInputs) -> AttentionOutput:
+    """A few queries over a cache join scores, so that no key is copied; many without a mask keep the causal flag."""
+    num_queries = inputs.query.shape[-2]
+    if _can_join(inputs):
+        return attend_over_prefix_and_cache(
+            inputs.query,
+            inputs.key,
+            inputs.value,
+            *_prefix_of_every_sample(inputs),
+            inputs.mask,
+            inputs.options.get("scaling"),
+        ), None
+    if inputs.mask is None and num_queries > 1:
+        return _attend_causally(inputs)
+    return attend_by_concatenation(inputs)
+
+
+def _can_join(inputs: AttentionInputs) -> bool:
+    num_queries = inputs.query.shape[-2]
+    is_decoding = num_queries == 1 or (inputs.mask is not None and num_queries <= MAX_JOINED_QUERIES)
+    return is_decoding and inputs.options.get("position_bias") is None and not inputs.options.get("dropout")
+
+
+def _attend_causally(inputs: AttentionInputs) -> AttentionOutput:
+    """sdpa's causal flag aligns to the upper left: behind n zero queries, token t sees the prefix and 0..t."""
+    prefix_key, prefix_value = _prefix_of_every_sample(inputs)
+    num_prefix_tokens, options = prefix_key.shape[-2], inputs.options
+    if options.get("position_bias") is not None:
+        bias = F.pad(options["position_bias"], (num_prefix_tokens, 0, num_prefix_tokens, 0))
+        options = {**options, "position_bias": bias}
+    output, weights = call_stock(
+        inputs._replace(
+            query=F.pad(inputs.query, (0, 0, num_prefix_tokens, 0)),
+            key=torch.cat([prefix_key, inputs.key], dim=-2),
+            value=torch.cat([prefix_value, inputs.value], dim=-2),
+            options=options,
+        )
+    )
+    return output[:, num_prefix_tokens:], weights
+
+
+def attend_by_flash(inputs: AttentionInputs) -> AttentionOutput:
+    """As by concatenation; where documents are packed in one row, each gets its own copy of the prefix.
+
+    Raises:
+        ValueError: there are tokens behind a sliding window, to which flash attention can't show a prefix.
+    """
+    options = lengths_of_documents(inputs.key, inputs.mask, inputs.options)
+    _refuse_window(options, inputs.key.shape[-2])
+    if options.get("cu_seq_lens_k") is None:
+        return attend_by_concatenation(inputs._replace(options=options))
+    prefix_key, prefix_value = _prefix_of_every_sample(inputs)
+    key, value, options = put_prefix_before_documents(inputs.key, inputs.value, prefix_key, prefix_value, options)
+    return call_stock(inputs._replace(key=key, value=value, mask=None, options=options))
+
+
+def _refuse_window(options: dict[str, Any], num_keys: int) -> None:
+    window, longest = options.pop("sliding_window", None), options.get("max_length_k") or num_keys
+    if window is not None and longest > window:
+        raise ValueError(
+            f"Flash attention can't show a prefix to tokens behind its sliding window of {window} tokens, got "
+            f'{longest}: load the backbone with `attn_implementation="sdpa"` or "flex_attention".'
+        )
+
+
+FAMILIES: dict[str, Callable[[AttentionInputs], AttentionOutput]] = {
+    "eager": attend_by_concatenation,
+    "sdpa": attend_by_sdpa,
+    "flex_attention": attend_by_concatenation,
+    "flash_attention_2": attend_by_flash,
+    "flash_attention_3": attend_by_flash,
+    "paged|eager": attend_by_concatenation,
+}
+SUPPORTED_IMPLEMENTATIONS = tuple(FAMILIES)
