@@ -1,4 +1,4 @@
-"""Parameters that a sharding engine holds only a share of."""
+"""Parameters that are not held as plain tensors: shares of a sharding engine, and packed 4-bit weights."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -50,3 +50,15 @@ def gathered(parameters: list[nn.Parameter], writer: int | None = None) -> Itera
 def is_partitioned(parameter: nn.Parameter) -> bool:
     """Whether DeepSpeed ZeRO-3 holds only a share of `parameter` here."""
     return hasattr(parameter, "ds_id")
+
+
+def keep_unpacked(model: nn.Module) -> None:
+    """Let bitsandbytes' 4-bit layers on the CPU keep the layout that gradients flow through.
+
+    Where the processor knows AVX512-BF16, they pack their weights in the first forward in evaluation mode, such as the
+    look at a backbone before streams are attached, or a held-out evaluation; from then on no gradient reaches what lies
+    before them (bitsandbytes 0.50).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False

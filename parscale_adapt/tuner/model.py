@@ -16,6 +16,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 
 from ..hf.backbone import Backbone, ObservedStates, probe_backbone
 from ..hf.decoder import attach_streams, detach_streams
+from ..hf.engines import keep_unpacked
 from ..hf.fingerprint import backbone_fingerprint
 from ..hf.paged import init_continuous_batching
 from ..hf.projections import ProjectionShape, observe_projections
@@ -66,6 +67,7 @@ class ParScaleModel(BaseTuner):
     ):
         refuse_second_tuner(model)
         refuse_loading_by_transformers(peft_config)
+        keep_unpacked(model)
         super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
 
     @cached_property

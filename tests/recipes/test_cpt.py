@@ -7,8 +7,8 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from support.quantized import load_in_4bit
 from support.recipe_runs import PROBE, reloaded_logits
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 
 def hashes(folder):
@@ -86,15 +86,7 @@ def test_a_4bit_backbone_carries_streams(recipes, material, changes):
     assert len({batch["frozen"] for batch in batches}) == 1
 
     dtype = getattr(torch, changes.get("dtype", "float32"))
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
-    backbone = AutoModelForCausalLM.from_pretrained(
-        material.backbone, quantization_config=quantization, dtype=dtype, device_map="cpu"
-    )
+    backbone = load_in_4bit(material.backbone, dtype)
     with torch.no_grad():
         plain = backbone(input_ids=PROBE).logits.float()
         model = PeftModel.from_pretrained(backbone, result.output_dir).eval()

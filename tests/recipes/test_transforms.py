@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from support.quantized import load_in_4bit
 from support.recipe_runs import PROBE, reloaded_logits
 from support.tiny_models import tiny_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM
 
 from parscale_adapt import ParScaleConfig
 from parscale_adapt.training.saving import live_tensors, verify_save, whole_state
@@ -37,18 +38,6 @@ def test_the_backbone_trains_with_the_streams(recipes, material):
     assert torch.equal(reloaded_logits(result.output_dir), result.logits())
 
 
-def quantized(material):
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-    return AutoModelForCausalLM.from_pretrained(
-        material.backbone, quantization_config=quantization, dtype=torch.float32, device_map="cpu"
-    )
-
-
 @torch.no_grad()
 def logits(model):
     return model.eval()(input_ids=PROBE, use_cache=False).logits
@@ -59,8 +48,8 @@ def test_a_4bit_backbone_carries_transforms(recipes, material, transform):
     pytest.importorskip("bitsandbytes")
     options = material.cpt_options(stream_transform=transform, num_prefix_tokens=None, load_in_4bit=True)
     result = recipes.run("cpt", **options).check()
-    plain = logits(quantized(material))
-    found = logits(PeftModel.from_pretrained(quantized(material), result.output_dir))
+    plain = logits(load_in_4bit(material.backbone))
+    found = logits(PeftModel.from_pretrained(load_in_4bit(material.backbone), result.output_dir))
     torch.testing.assert_close(found, result.logits(), atol=1e-5, rtol=0)
     assert (found - plain).abs().max() > 1e-3
 
@@ -70,7 +59,7 @@ def test_a_4bit_backbone_carries_shared_lora(material, tmp_path):
     config = ParScaleConfig(
         task_type="CAUSAL_LM", num_streams=2, stream_transform="lora", lora={"r": 2, "target_modules": ["q_proj"]}
     )
-    model = get_peft_model(quantized(material), config)
+    model = get_peft_model(load_in_4bit(material.backbone), config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -79,7 +68,7 @@ def test_a_4bit_backbone_carries_shared_lora(material, tmp_path):
     for name, parameter in model.named_parameters():
         assert not parameter.requires_grad or parameter.grad.any(), name
     model.save_pretrained(tmp_path)
-    reloaded = PeftModel.from_pretrained(quantized(material), tmp_path)
+    reloaded = PeftModel.from_pretrained(load_in_4bit(material.backbone), tmp_path)
     torch.testing.assert_close(logits(reloaded), logits(model), atol=1e-5, rtol=0)
 
 
