@@ -15,6 +15,7 @@ from ..core.packed_documents import lengths_of_documents, put_prefix_before_docu
 
 
 MAX_JOINED_QUERIES = 16
+_NOT_JOINED = ("position_bias", "softcap")  # the stock function adds the one and refuses the other
 
 AttentionOutput = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -91,7 +92,11 @@ def attend_by_sdpa(inputs: AttentionInputs) -> AttentionOutput:
 def _can_join(inputs: AttentionInputs) -> bool:
     num_queries = inputs.query.shape[-2]
     is_decoding = num_queries == 1 or (inputs.mask is not None and num_queries <= MAX_JOINED_QUERIES)
-    return is_decoding and inputs.options.get("position_bias") is None and not inputs.options.get("dropout")
+    return (
+        is_decoding
+        and not any(inputs.options.get(name) is not None for name in _NOT_JOINED)
+        and not inputs.options.get("dropout")
+    )
 
 
 def _attend_causally(inputs: AttentionInputs) -> AttentionOutput:

@@ -194,3 +194,10 @@ def test_observers_see_keys_before_the_prefix_and_only_inside_their_block():
     assert all(call[3] is made[0] for call in seen)
     assert torch.equal(model(random_tokens()).logits, expected)
     assert len(seen) == 2
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_a_soft_cap_that_sdpa_refuses_is_refused_in_decoding_too(length):
+    module, (query, key, value) = attention_module(), random_states(length)
+    with pytest.raises(ValueError, match="softcap"):
+        attend("sdpa", module, query, key, value, softcap=30.0)
