@@ -27,7 +27,7 @@ import parscale_adapt
 _PACKAGE = Path(parscale_adapt.__file__).parent
 WORKS, NOT_APPLICABLE, FAILS = "works", "not applicable", "fails"
 IMPLEMENTATIONS = ("sdpa", "eager")
-TIMEOUT_SECONDS = 120
+TIMEOUT_SECONDS = 300
 WRAPPING, RUNNING = "wrapping", "running"
 
 

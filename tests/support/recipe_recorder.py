@@ -13,6 +13,8 @@ import os
 import runpy
 import signal
 import sys
+import threading
+import time
 import traceback
 from pathlib import Path
 
@@ -51,7 +53,12 @@ def _execute_here(run: dict) -> int:
     if run["fsdp_on_cpu"]:
         _shard_on_cpu()
     _partition_small_parameters()
-    sys.argv = [run["script"], *run["arguments"]]
+    if run["kill_after"] is not None:
+        timer = threading.Timer(run["kill_after"], os.kill, (os.getpid(), signal.SIGKILL))
+        timer.daemon = True
+        timer.start()
+    sys.argv = [run["script"], *run["arguments"], *_resuming(run)]
+    start = time.monotonic()
     try:
         runpy.run_path(run["script"], run_name="__main__")
     except SystemExit as stop:
@@ -60,9 +67,17 @@ def _execute_here(run: dict) -> int:
         traceback.print_exc()
         return 70
     finally:
+        (folder / "duration").write_text(str(time.monotonic() - start))
         sys.stdout.flush()
         sys.stderr.flush()
     return 0
+
+
+def _resuming(run: dict) -> list[str]:
+    if not run["resume_if_possible"]:
+        return []
+    output_dir = Path(run["arguments"][run["arguments"].index("--output_dir") + 1])
+    return ["--resume_from_checkpoint", "true"] if any(output_dir.glob("checkpoint-*/verified_save.json")) else []
 
 
 def _record_batches(path: Path, kill_at_batch: int | None, records_learning: bool) -> None:

@@ -40,6 +40,8 @@ class Run:
         record: folder for what it prints and trains on.
         kill_at_batch: kill it (SIGKILL) before this batch, counted from 0 over the whole execution.
         kill_in_save: kill it while the checkpoint of this step is half written.
+        kill_after: kill it so many seconds after its start, wherever it is.
+        resume_if_possible: go on from the last complete checkpoint, if there is one.
         save_shards: let checkpoints be written without gathering sharded parameters first.
         fsdp_on_cpu: let accelerate enter FSDP on the CPU.
         learning: record ids and labels of each batch, not their hash alone.
@@ -51,6 +53,8 @@ class Run:
     record: str
     kill_at_batch: int | None = None
     kill_in_save: int | None = None
+    kill_after: float | None = None
+    resume_if_possible: bool = False
     save_shards: bool = False
     fsdp_on_cpu: bool = False
     learning: bool = False
@@ -248,12 +252,14 @@ def describe_run(recipe: str, folder: Path, output_dir: Path | None, options: di
     return Run(script, arguments, str(folder / "record"), **extras), output_dir
 
 
-def launch_all(config: str, folder: Path, runs: dict[str, tuple[Run, Path]]) -> dict[str, list[Result]]:
+def launch_all(
+    config: str, folder: Path, runs: dict[str, tuple[Run, Path]], seconds: int = SECONDS_PER_LAUNCH
+) -> dict[str, list[Result]]:
     """`accelerate launch` all runs with one of `accelerate_configs/`, on two processes on the CPU; results by rank."""
     folder.mkdir(parents=True, exist_ok=True)
     todo = folder / "runs.json"
     todo.write_text(json.dumps([asdict(run) for run, _ in runs.values()]))
-    output = launch(config, folder, str(RECORDER), [str(todo)])
+    output = launch(config, folder, str(RECORDER), [str(todo)], seconds)
     results = {}
     for name, (run, output_dir) in runs.items():
         codes = [Path(run.record, f"exit.{rank}") for rank in range(2)]
@@ -262,7 +268,7 @@ def launch_all(config: str, folder: Path, runs: dict[str, tuple[Run, Path]]) -> 
     return results
 
 
-def launch(config: str, folder: Path, script: str, arguments: Sequence[str]) -> str:
+def launch(config: str, folder: Path, script: str, arguments: Sequence[str], seconds: int = SECONDS_PER_LAUNCH) -> str:
     """`accelerate launch` a script on two processes on the CPU; returns what it printed."""
     folder.mkdir(parents=True, exist_ok=True)
     config_file = folder / f"{config}.yaml"
@@ -278,7 +284,7 @@ def launch(config: str, folder: Path, script: str, arguments: Sequence[str]) -> 
             start_new_session=True,
         )
         try:
-            process.wait(SECONDS_PER_LAUNCH)
+            process.wait(seconds)
         finally:
             end_group(process)
     output = log.read_text()
