@@ -4,13 +4,21 @@ BIN := .venv/bin
 BASE := .venv/installed-base
 INSTALLED := .venv/installed
 
-.PHONY: demo test test-lowest lint bench compatibility clean
+.PHONY: demo test test-fast test-gpu test-lowest test-newest lint bench compatibility clean
 
 demo: $(BASE)
 	$(BIN)/python scripts/demo.py
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+# All but the tests marked `slow`: at most two minutes on two cores.
+test-fast: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+
+# The tests marked `gpu`, on one GPU. Without it each says so and is skipped.
+test-gpu: $(INSTALLED)
+	PARSCALE_TEST_GPU=1 CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} $(BIN)/python -m pytest -m gpu
 
 # The core on the lowest supported transformers, PEFT and TRL, in an environment of its own.
 test-lowest:
@@ -20,6 +28,14 @@ test-lowest:
 	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n 2 tests/models/test_golden.py tests/tuner/test_model.py tests/tuner/test_state.py \
 		tests/hf/test_decoder.py tests/hf/test_cache.py tests/training/test_trainer.py tests/data/test_resume.py \
 		tests/checkpoints/test_golden.py tests/checkpoints/test_standalone.py tests/models/test_standalone.py
+
+# The whole suite on the newest releases of all libraries, in an environment of its own. pip warns that transformers,
+# PEFT and TRL are newer than pyproject.toml allows, which is the point.
+test-newest:
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[deepspeed,quantization,serving,evaluation,dev]'
+	.venv-newest/bin/python -m pip install --quiet --upgrade transformers peft trl
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n 2 --dist loadgroup
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -45,4 +61,4 @@ $(INSTALLED): $(BASE)
 	touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-lowest .venv-newest runs

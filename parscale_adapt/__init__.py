@@ -1,21 +1,51 @@
 """Parallel scaling (ParScale) for causal language models, as a PEFT method.
 
-Importing the package registers the method with PEFT and the model type `qwen2_parscale` with transformers.
+After `import parscale_adapt`, PEFT knows the method and transformers the model type `qwen2_parscale`, in whatever order
+the three are imported. The import itself is light: names are loaded on first use.
 """
 
-from .models.qwen2_parscale import Qwen2ParScaleConfig, Qwen2ParScaleForCausalLM, Qwen2ParScaleModel
-from .tuner.config import ParScaleConfig
-from .tuner.grow import grow_streams
-from .tuner.model import ParScaleModel
+from typing import TYPE_CHECKING
+
+from .deferred import import_after, lazy_names
 from .version import __version__
 
 
+if TYPE_CHECKING:
+    from .models.qwen2_parscale import Qwen2ParScaleConfig, Qwen2ParScaleForCausalLM, Qwen2ParScaleModel
+    from .training.stream_statistics import StreamStatisticsCallback
+    from .training.trainer import StreamTrainer
+    from .tuner.config import ParScaleArguments, ParScaleConfig
+    from .tuner.grow import grow_streams
+    from .tuner.model import ParScaleModel
+
+
 __all__ = [
+    "ParScaleArguments",
     "ParScaleConfig",
     "ParScaleModel",
     "Qwen2ParScaleConfig",
     "Qwen2ParScaleForCausalLM",
     "Qwen2ParScaleModel",
+    "StreamStatisticsCallback",
+    "StreamTrainer",
     "__version__",
     "grow_streams",
 ]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "ParScaleArguments": "tuner.config",
+        "ParScaleConfig": "tuner.config",
+        "ParScaleModel": "tuner.model",
+        "Qwen2ParScaleConfig": "models.qwen2_parscale",
+        "Qwen2ParScaleForCausalLM": "models.qwen2_parscale",
+        "Qwen2ParScaleModel": "models.qwen2_parscale",
+        "StreamStatisticsCallback": "training.stream_statistics",
+        "StreamTrainer": "training.trainer",
+        "grow_streams": "tuner.grow",
+    },
+)
+
+import_after("transformers", "parscale_adapt.models.qwen2_parscale")
+import_after("peft", "parscale_adapt.tuner.model")

@@ -1,12 +1,14 @@
 """The `parscale` command: assembles the commands of `parscale_adapt.commands`, one module for each.
 
 A command is a function with typer annotations; add it to `COMMANDS`. It raises ValueError (or OSError) with one
-sentence for bad input, which `main` prints without a traceback. Command modules import nothing heavy at the top.
+sentence for bad input, which `main` prints without a traceback. Command modules import nothing heavy at the top, so
+that `--help` and `--version` answer at once.
 """
 
 import os
 import sys
 from collections.abc import Callable
+from typing import Annotated
 
 import typer
 
@@ -15,11 +17,14 @@ from .commands.cost import cost
 from .commands.diagnose import diagnose
 from .commands.export import export
 from .commands.fit_law import fit_law
+from .commands.foreign_messages import drop_foreign_messages
 from .commands.import_checkpoint import import_checkpoint
 from .commands.inspect import inspect
+from .commands.inspect_data import inspect_data
 from .commands.predict import predict
 from .commands.serve import serve
 from .commands.verify import verify
+from .version import __version__
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -31,6 +36,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "export": export,
     "verify": verify,
     "inspect": inspect,
+    "inspect-data": inspect_data,
     "chat": chat,
     "serve": serve,
 }
@@ -39,11 +45,12 @@ HANDING_OVER = {"serve"}
 
 app = typer.Typer(
     name="parscale",
-    help="Parallel scaling (ParScale) for causal language models.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    # The recipes, as transformers does, spell --num_streams what other programs spell --num-streams: here both are one.
+    context_settings={"token_normalize_func": lambda name: name.replace("_", "-")},
 )
 for _name, _command in COMMANDS.items():
     _hands_over = _name in HANDING_OVER
@@ -51,13 +58,24 @@ for _name, _command in COMMANDS.items():
     app.command(_name, context_settings=_settings)(_command)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"parscale_adapt {__version__}")
+        raise typer.Exit()
+
+
 @app.callback()
-def _group() -> None:
-    """Keeps `parscale NAME` a group of commands, however many there are."""
+def _parscale(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Parallel scaling (ParScale) for causal language models."""
 
 
 def main() -> None:
     """Run the command line; bad input ends in one sentence on stderr and exit code 1 (2 for wrong usage)."""
+    drop_foreign_messages()
     try:
         app()
     except (ValueError, OSError) as error:

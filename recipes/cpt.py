@@ -13,11 +13,12 @@ from pathlib import Path
 
 from datasets import Dataset
 from rich.console import Console
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from trl import SFTConfig, TrlParser
+from transformers import PreTrainedTokenizerBase
+from trl import SFTConfig
 
 from parscale_adapt.data import (
     LoadedSource,
+    MixtureSettings,
     PackedCollator,
     TextSource,
     build_train_dataset,
@@ -29,14 +30,17 @@ from parscale_adapt.data import (
 from parscale_adapt.training import (
     BackboneArguments,
     DataArguments,
+    RecipeParser,
     StreamTrainer,
     backbone_path,
     check_run,
     finish_run,
+    load_backbone_tokenizer,
     open_run_folder,
     prepare_packed_training,
     run_identity,
     run_recipe,
+    train,
     trainable_model,
 )
 from parscale_adapt.tuner.config import ParScaleArguments
@@ -80,15 +84,14 @@ def main(streams: ParScaleArguments, backbone: BackboneArguments, data: DataArgu
     resume = open_run_folder(training, identity)
 
     path = backbone_path(backbone)
-    tokenizer = AutoTokenizer.from_pretrained(path, revision=backbone.model_revision)
-    train_rows, report = build_train_dataset(
-        training_sources(data),
-        tokenizer,
+    tokenizer = load_backbone_tokenizer(path, backbone, training)
+    mixture = MixtureSettings(
         training.max_length,
         training.seed,
         max_rows=num_training_rows(data, training),
         shuffle_buffer_size=data.shuffle_buffer_size,
     )
+    train_rows, report = build_train_dataset(training_sources(data), tokenizer, mixture)
     if training.should_save:
         check_rows(train_rows, tokenizer)
 
@@ -103,13 +106,13 @@ def main(streams: ParScaleArguments, backbone: BackboneArguments, data: DataArgu
         quantization_config=backbone.quantization_config() if isinstance(model, str) else None,
         peft_config=peft_config,
     )
-    trainer.train(resume_from_checkpoint=resume)
+    train(trainer, resume)
     finish_run(trainer, streams, {**identity, "backbone": path}, report)
     if training.should_save:
         Console().print(report.table())
 
 
 if __name__ == "__main__":
-    parser = TrlParser((ParScaleArguments, BackboneArguments, DataArguments, SFTConfig))
+    parser = RecipeParser((ParScaleArguments, BackboneArguments, DataArguments, SFTConfig))
     arguments = sys.argv[1:] or ["--config", str(DEMO)]
     run_recipe(main, parser, arguments)

@@ -5,29 +5,33 @@
     accelerate launch recipes/sft.py --config recipes/configs/sft/qwen2.5-3b_gsm8k_frozen_p4.yaml
 
 The data is conversational (`messages`), or has the columns `prompt` and `completion`; name other columns with
-`--prompt_field` and `--completion_field`. Every field of `ParScaleArguments`, `BackboneArguments`,
+`--prompt_field` and `--completion_field`, and look at it first with `parscale inspect-data`. `--train_on all_answers`
+trains every answer of a conversation. Every field of `ParScaleArguments`, `BackboneArguments`,
 `InstructionArguments` and `trl.SFTConfig` is an argument and a YAML key; `--help` lists them.
 """
 
 import sys
 from pathlib import Path
 
-from transformers import AutoTokenizer
-from trl import SFTConfig, TrlParser
+from rich.console import Console
+from trl import SFTConfig
 
-from parscale_adapt.data import check_rows
+from parscale_adapt.data import check_rows, end_token_ids
 from parscale_adapt.training import (
     BackboneArguments,
     InstructionArguments,
+    RecipeParser,
     StreamTrainer,
     backbone_path,
     check_run,
     finish_run,
+    load_backbone_tokenizer,
     load_instructions,
     open_run_folder,
     prepare_instruction_training,
     run_identity,
     run_recipe,
+    train,
     trainable_model,
 )
 from parscale_adapt.tuner.config import ParScaleArguments
@@ -45,8 +49,13 @@ def main(
     resume = open_run_folder(training, identity)
 
     path = backbone_path(backbone)
-    tokenizer = AutoTokenizer.from_pretrained(path, revision=backbone.model_revision)
-    train_rows, heldout_rows = load_instructions(data, tokenizer)
+    tokenizer = load_backbone_tokenizer(path, backbone, training)
+    ends = end_token_ids(tokenizer, path, backbone.model_revision)
+    train_rows, heldout_rows, report = load_instructions(data, tokenizer, training, ends)
+    if training.should_save:
+        Console().print(report.table())
+        check_rows(train_rows, tokenizer, max_length=training.max_length, end_token_ids=ends)
+
     model, peft_config = trainable_model(path, backbone, streams)
     trainer = StreamTrainer(
         model=model,
@@ -57,13 +66,11 @@ def main(
         quantization_config=backbone.quantization_config() if isinstance(model, str) else None,
         peft_config=peft_config,
     )
-    if training.should_save:
-        check_rows(trainer.train_dataset, tokenizer, allow_truncated=training.max_length is not None)
-    trainer.train(resume_from_checkpoint=resume)
-    finish_run(trainer, streams, {**identity, "backbone": path})
+    train(trainer, resume)
+    finish_run(trainer, streams, {**identity, "backbone": path}, report)
 
 
 if __name__ == "__main__":
-    parser = TrlParser((ParScaleArguments, BackboneArguments, InstructionArguments, SFTConfig))
+    parser = RecipeParser((ParScaleArguments, BackboneArguments, InstructionArguments, SFTConfig))
     arguments = sys.argv[1:] or ["--config", str(DEMO)]
     run_recipe(main, parser, arguments)

@@ -1,4 +1,4 @@
-"""Shared fixtures: everything runs offline, on the CPU, on tiny random models."""
+"""Shared fixtures: everything runs offline on tiny random models, and on the CPU unless it is marked `gpu`."""
 
 import os
 
@@ -7,11 +7,10 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     HF_DATASETS_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",
-    CUDA_VISIBLE_DEVICES="",
     OPENBLAS_NUM_THREADS="1",
+    **({} if os.environ.get("PARSCALE_TEST_GPU") == "1" else {"CUDA_VISIBLE_DEVICES": ""}),
 )
 
-import importlib.util
 import pathlib
 import sys
 
@@ -21,6 +20,14 @@ from support.recipe_runs import Material, RecipeServer
 
 
 torch.set_num_threads(1)  # tiny models on few cores
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu"):
+        if os.environ.get("PARSCALE_TEST_GPU") != "1":
+            pytest.skip("GPUs are hidden, `make test-gpu` shows them")
+        if not torch.cuda.is_available():
+            pytest.skip("torch finds no GPU")
 
 
 @pytest.fixture(autouse=True)
@@ -52,9 +59,6 @@ def recipes(tmp_path_factory):
 def parscale(monkeypatch, capsys):
     """Runs the command in this process and gives back exit code, output and errors."""
     from parscale_adapt.cli import main
-
-    if importlib.util.find_spec("deepspeed"):  # says once, on stdout, what it runs on
-        importlib.import_module("deepspeed.accelerator").get_accelerator()
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["parscale", *map(str, arguments)])

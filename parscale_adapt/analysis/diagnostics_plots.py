@@ -4,10 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
-
-
-matplotlib.use("Agg")
-
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator

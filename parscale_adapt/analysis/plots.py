@@ -6,10 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-
-
-matplotlib.use("Agg")
-
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -89,9 +85,8 @@ def plot_loss_against_cost(
         figure = Figure(figsize=(3.1 * len(batch_sizes), 6.2), layout="constrained")
         panels = figure.subplots(2, len(batch_sizes), squeeze=False, sharey=True)
         for column, batch in enumerate(batch_sizes):
-            comparison = _comparison(model, law, streams, batch)
             for axes, unit in zip(panels[:, column], _QUANTITIES):
-                _draw_loss_panel(axes, model, law, streams, batch, unit, comparison)
+                _draw_loss_panel(axes, model, law, streams, batch, unit)
                 axes.set_xlabel(_AXIS_LABELS[unit])
             panels[0, column].set_title(f"batch size {batch}")
         for axes in panels[:, 0]:
@@ -178,14 +173,9 @@ def _draw_measured(
 
 
 def _draw_loss_panel(
-    axes: Axes,
-    model: CostModel,
-    law: ScalingLaw,
-    streams: Sequence[int],
-    batch: int,
-    unit: str,
-    comparison: Comparison,
+    axes: Axes, model: CostModel, law: ScalingLaw, streams: Sequence[int], batch: int, unit: str
 ) -> None:
+    comparison = _comparison(model, law, streams, batch)
     workloads, quantity = square_workloads([batch]), _QUANTITIES[unit]
     params = [model.shape.params_with_streams(count, model.num_prefix_tokens) for count in streams]
     losses = [float(law.loss(size, count)) for size, count in zip(params, streams)]

@@ -24,6 +24,9 @@ def adapter_card(source: str, backbone: str | None, num_streams: int) -> ModelCa
     text = f"""
 # ParScale adapter with {num_streams} streams
 
+Import `parscale_adapt` before loading it: without it PEFT doesn't know the method and stops with
+`KeyError: 'PARSCALE'`.
+
 Imported from `{source}`, a checkpoint of {_PAPER}, by {_US}.
 
 ```python
@@ -40,12 +43,22 @@ model = PeftModel.from_pretrained(backbone, FOLDER)
 
 def export_card(backbone: str | None, format: str, num_streams: int) -> ModelCard:
     """The card of an exported checkpoint."""
-    load = 'AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto"'
-    how = {
-        "standalone": f"model = {load}, trust_remote_code=True)  # runs modeling_parscale.py in this folder",
-        "published": f"import parscale_adapt  # registers the model type\n\nmodel = {load})",
-    }
-    code = f"model = {load})" if num_streams == 1 else how[format]
+    how = "plain" if num_streams == 1 else format
+    first, imports, option = {
+        "plain": ("It loads as any model of transformers.", "", ""),
+        "standalone": (
+            "Load it with `trust_remote_code=True`: its code is in `modeling_parscale.py` and needs torch and\n"
+            "transformers alone.",
+            "",
+            ", trust_remote_code=True",
+        ),
+        "published": (
+            "Import `parscale_adapt` before loading it: without it transformers doesn't know the model type\n"
+            "`qwen2_parscale`.",
+            "import parscale_adapt  # registers the model type\n",
+            "",
+        ),
+    }[how]
     of = f" of `{backbone}`" if backbone else ""
     what = (
         f"{num_streams} streams{of} run side by side and are mixed for every token"
@@ -55,17 +68,19 @@ def export_card(backbone: str | None, format: str, num_streams: int) -> ModelCar
     text = f"""
 # ParScale model with {num_streams} {"streams" if num_streams > 1 else "stream"}
 
+{first}
+
 {what} ({_PAPER}). Exported by {_US}.
 
 ```python
-from transformers import AutoModelForCausalLM
+{imports}from transformers import AutoModelForCausalLM
 
-{code}
+model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto"{option})
 ```
 
-`parscale verify FOLDER` compares what the model computes with `reference_logits.safetensors`.
+`parscale verify FOLDER` compares it with what is kept of its source in `reference_logits.safetensors`.
 """
-    return _card("transformers", backbone, text, **({"custom_code": True} if "trust" in code else {}))
+    return _card("transformers", backbone, text, **({"custom_code": True} if how == "standalone" else {}))
 
 
 def _card(library: str, base_model: str | None, text: str, **metadata: Any) -> ModelCard:

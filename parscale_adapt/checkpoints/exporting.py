@@ -5,18 +5,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedModel
 
+from ..files import new_folder
+from ..models.standalone import standalone_name
 from .card import export_card
-from .published import published_model, refuse_unpublishable, write_published_config
+from .folders import has_tokenizer
+from .headers import ADAPTER_WEIGHTS, is_of_streams
+from .published import published_model, published_name, refuse_unpublishable, write_published_config
 from .reference import make_reference, write_reference
 from .sources import Source, find_source, load_source
-from .writing import new_folder
+from .tensors import TensorFiles, hash_tensor
 
 
 FORMATS = ("standalone", "published")
 DTYPES = ("float32", "bfloat16", "float16")
-_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 _REASONS = {
     "gguf": "GGUF has no place for streams, and llama.cpp runs one stream: the engine would have to replicate the "
     "batch, put prefixes before keys and values, and aggregate",
@@ -67,7 +71,15 @@ def export_adapter(
             refuse_unpublishable(source.config, source.model_type)
         model = load_source(source, None if dtype is None else getattr(torch, dtype))
         weights_dtype = model.get_input_embeddings().weight.dtype
-        reference = make_reference(model, weights_dtype, source.config.backbone_fingerprint or {})
+        if format == "published":
+            _round_parameters(model, weights_dtype)
+        reference = make_reference(
+            model,
+            weights_dtype,
+            _hash_streams(source, format, weights_dtype),
+            source.config.backbone_fingerprint or {},
+            rounds_weights=source.config.lora is not None,
+        )
         exported = model.merge_and_unload()
         if format == "published":
             exported = published_model(exported, source.config)
@@ -93,9 +105,30 @@ def _check_choices(format: str, dtype: str | None, max_shard_size: str) -> None:
         raise ValueError(f"`max_shard_size` must be a number and a unit, such as 2GB, got {max_shard_size!r}.")
 
 
+@torch.no_grad()
+def _round_parameters(model: PeftModel, dtype: torch.dtype) -> None:
+    """Let a model compute with what a checkpoint of one dtype holds; what is no wider stays the same tensor."""
+    for parameter in model.parameters():
+        if parameter.dtype.itemsize > dtype.itemsize:
+            parameter.copy_(parameter.to(dtype))
+
+
+def _hash_streams(source: Source, format: str, dtype: torch.dtype) -> dict[str, str]:
+    """Hashes of the streams' tensors, read from the adapter's file, by their names in the export."""
+    files = TensorFiles(source.adapter, ADAPTER_WEIGHTS)
+    hashes = {}
+    for name in filter(is_of_streams, files.shapes):
+        exported, tensor = standalone_name(name.removeprefix("base_model.model.")), files.read(name)
+        if format == "published":
+            hashes[published_name(exported)] = hash_tensor(tensor.to(dtype))
+        else:
+            hashes[exported] = hash_tensor(tensor.to(torch.promote_types(tensor.dtype, torch.float32)))
+    return hashes
+
+
 def _save_tokenizer(source: Source, folder: Path) -> None:
     """Save the tokenizer of the adapter, or else of the backbone, so that it names its class."""
-    found = next((f for f in source.tokenizer_folders if any((f / name).is_file() for name in _TOKENIZERS)), None)
+    found = next(filter(has_tokenizer, source.tokenizer_folders), None)
     if found is not None:
         AutoTokenizer.from_pretrained(found).save_pretrained(folder)
 
@@ -115,4 +148,4 @@ def _check_written(model: PreTrainedModel, folder: Path) -> None:
         if name not in state or state[name].dtype != tensor.dtype or not torch.equal(state[name], tensor.cpu()):
             problems.append(f"{name} differs")
     if problems:
-        raise ValueError(f"What was written is not what was exported: {'; '.join(problems[:3])}.")
+        raise ValueError(f"What was written is not what was exported, {'; '.join(problems[:3])}: export again.")

@@ -1,20 +1,96 @@
-"""Folders of weights: found, opened and checked before anything large is read. Safetensors only."""
+"""Folders of checkpoints: found, and told apart before anything is loaded."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
 
-
-MODEL_WEIGHTS = "model.safetensors"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+ADAPTER_CONFIG = "adapter_config.json"
+PUBLISHED_TYPE = "qwen2_parscale"
+_METHOD = "PARSCALE"
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 _DOWNLOADED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a folder holds.
+
+    Args:
+        name: "adapter", "standalone", "published" or "plain".
+        folder: where it is.
+        config: the fields of `adapter_config.json` or `config.json`.
+        num_streams, stream_transform, num_prefix_tokens, aggregator: of its streams; a plain checkpoint has one.
+    """
+
+    name: str
+    folder: Path
+    config: dict[str, Any] = field(repr=False)
+    num_streams: int = 1
+    stream_transform: str = "none"
+    num_prefix_tokens: int = 0
+    aggregator: str = "none"
+
+    @property
+    def owns_streams(self) -> bool:
+        """Whether it is a checkpoint with streams of its own."""
+        return self.name in ("standalone", "published")
+
+
+def find_kind(source: str | Path) -> Kind:
+    """Look at a folder or hub repository without loading it.
+
+    Raises:
+        ValueError: there is none, or it holds neither a ParScale adapter nor a checkpoint.
+    """
+    folder = find_checkpoint(str(source))
+    path = folder / (ADAPTER_CONFIG if (folder / ADAPTER_CONFIG).is_file() else "config.json")
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} holds no config.json and no adapter_config.json: give the folder of an adapter or a checkpoint."
+        )
+    config = read_json(path)
+    try:
+        if path.name == ADAPTER_CONFIG:
+            return _adapter(folder, config)
+        if config.get("model_type") == PUBLISHED_TYPE:
+            streams = {"num_streams": config["parscale_n"], "num_prefix_tokens": config["parscale_n_tokens"]}
+            return Kind("published", folder, config, stream_transform="prefix", aggregator="dynamic", **streams)
+        if "parscale" in config:
+            return Kind("standalone", folder, config, **_streams_of(config["parscale"]))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged, it lacks {error} of its streams: copy or download it again.") from error
+    return Kind("plain", folder, config)
+
+
+def find_adapter(source: str | Path) -> Kind:
+    """As [`find_kind`], where an adapter is asked for.
+
+    Raises:
+        ValueError: it is none.
+    """
+    kind = find_kind(source)
+    if kind.name != "adapter":
+        raise ValueError(f"{source} must hold a ParScale adapter, got a {kind.name} checkpoint: give another folder.")
+    return kind
+
+
+def _adapter(folder: Path, config: dict[str, Any]) -> Kind:
+    if config.get("peft_type") != _METHOD:
+        raise ValueError(
+            f"{folder} must hold a ParScale adapter, got one of the method {config.get('peft_type')}: give another."
+        )
+    streams = _streams_of(config)
+    if streams["stream_transform"] != "prefix":
+        streams["num_prefix_tokens"] = 0
+    return Kind("adapter", folder, config, **streams)
+
+
+def _streams_of(config: dict[str, Any]) -> dict[str, Any]:
+    names = ("num_streams", "stream_transform", "num_prefix_tokens", "aggregator")
+    return {name: config[name] for name in names}
 
 
 def find_checkpoint(source: str) -> Path:
@@ -29,9 +105,14 @@ def find_checkpoint(source: str) -> Path:
     if folder.exists():
         raise ValueError(f"{source} is a file: give the folder that holds the checkpoint.")
     if len(folder.parts) != 2 or not folder.parent.name.strip("."):
-        raise ValueError(f"There is no folder {source}.")
+        raise ValueError(
+            f"There is no folder {source}: give one that is here, or the name of a repository on the hub."
+        )
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
     try:
-        return Path(snapshot_download(source, allow_patterns=list(_DOWNLOADED)))
+        return Path(huggingface_hub.snapshot_download(source, allow_patterns=list(_DOWNLOADED)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"There is no folder {source}, and it can't be fetched from the hub: {reason}") from error
@@ -54,68 +135,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-class TensorFiles:
-    """The tensors of a folder, read one at a time. Reading maps the file into memory and copies nothing.
-
-    Args:
-        folder: holds `weights_name`, or shards of it and their index.
-        weights_name: `model.safetensors` or `adapter_model.safetensors`.
+def find_tokenizer(folders: Sequence[Path]) -> Path:
+    """The first folder that holds a tokenizer.
 
     Raises:
-        ValueError: there are no such files, a pickle stands in their place, or one of them is damaged.
+        ValueError: none does.
     """
-
-    def __init__(self, folder: Path, weights_name: str = MODEL_WEIGHTS):
-        self.folder = folder
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, str] = {}
-        self._file_of: dict[str, Path] = {}
-        index = folder / f"{weights_name}.index.json"
-        if (folder / weights_name).is_file():
-            self._open(folder / weights_name)
-        elif index.is_file():
-            self._open_shards(index)
-        else:
-            raise ValueError(_describe_missing(folder, weights_name))
-
-    def _open_shards(self, index: Path) -> None:
-        weight_map = read_json(index).get("weight_map", {})
-        for shard in sorted(set(weight_map.values())):
-            if not (self.folder / shard).is_file():
-                raise ValueError(f"{self.folder} is incomplete: its index names {shard}, which is not there.")
-            self._open(self.folder / shard)
-        lost = sorted(weight_map.keys() - self._file_of.keys())
-        if lost:
-            raise ValueError(f"{self.folder} is incomplete: its index names {lost[0]}, which no shard holds.")
-
-    def _open(self, path: Path) -> None:
-        try:
-            with safe_open(path, "pt") as reader:
-                for name in reader.keys():  # noqa: SIM118 (not a dict)
-                    tensor = reader.get_slice(name)
-                    self.shapes[name] = tuple(tensor.get_shape())
-                    self.dtypes[name] = tensor.get_dtype()
-                    self._file_of[name] = path
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{path} is truncated or damaged and can't be read as safetensors ({error}): copy or download it again."
-            ) from error
-
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor, mapped from its file."""
-        with safe_open(self._file_of[name], "pt") as reader:
-            return reader.get_tensor(name)
-
-    def count_values(self, names: Iterable[str]) -> int:
-        """How many numbers these tensors hold."""
-        return sum(torch.Size(self.shapes[name]).numel() for name in names)
+    for folder in folders:
+        if has_tokenizer(folder):
+            return folder
+    places = " or ".join(map(str, folders))
+    raise ValueError(f"There is no tokenizer in {places}: copy tokenizer.json and tokenizer_config.json there.")
 
 
-def _describe_missing(folder: Path, weights_name: str) -> str:
-    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
-    if pickles:
-        return (
-            f"{folder} holds its weights as a pickle ({pickles[0]}), which can run code when it is read: convert it to "
-            "safetensors first, with `save_pretrained` of the library that wrote it."
-        )
-    return f"{folder} holds no weights: there is no {weights_name}."
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a tokenizer was saved there."""
+    return any((folder / name).is_file() for name in _TOKENIZERS)

@@ -8,14 +8,16 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from ..files import new_folder
 from ..hf.fingerprint import backbone_fingerprint
 from ..models.qwen2_parscale import Qwen2ParScaleConfig
 from ..tuner.config import ParScaleConfig
 from ..tuner.state import check_complete
 from .card import adapter_card
-from .folders import ADAPTER_WEIGHTS, TensorFiles, find_checkpoint, read_json
-from .published import PUBLISHED_TYPE, backbone_config, name_in_adapter, published_shapes
-from .writing import new_folder
+from .folders import find_kind
+from .headers import ADAPTER_WEIGHTS
+from .published import backbone_config, name_in_adapter, published_shapes
+from .tensors import TensorFiles
 
 
 TOKENIZER_FILES = (
@@ -69,14 +71,13 @@ def import_published(source: str, output: Path, backbone: str | None = None, tol
             the output folder is not empty.
     """
     with new_folder(output) as staging:
-        folder = find_checkpoint(source)
-        config, tensors = open_published(folder)
+        config, tensors = open_published(source)
         ours = sorted(name for name in tensors.shapes if name != name_in_adapter(name))
         comparison = None
         if backbone is None:
             keeps_backbone, fingerprint = True, _shape_fingerprint(config)
         else:
-            plain = open_backbone(find_checkpoint(backbone), config)
+            plain = open_backbone(backbone, config)
             comparison = compare_backbones(tensors, plain, tolerance, skip=ours)
             keeps_backbone, fingerprint = bool(comparison.different), _fingerprint(plain.folder)
         names = [name for name in published_shapes(config) if keeps_backbone or name in ours]
@@ -84,39 +85,46 @@ def import_published(source: str, output: Path, backbone: str | None = None, tol
         if keeps_backbone:
             backbone_config(config).save_pretrained(staging)
         _write_adapter(tensors, names, staging)
-        _copy_tokenizer(folder, staging)
+        _copy_tokenizer(tensors.folder, staging)
         adapter_card(source, backbone, config.parscale_n).save(staging / "README.md")
     return ImportReport(config.parscale_n, config.parscale_n_tokens, len(names), keeps_backbone, comparison)
 
 
-def open_published(folder: Path) -> tuple[Qwen2ParScaleConfig, TensorFiles]:
-    """Configuration and tensors of a published checkpoint.
+def open_published(source: str) -> tuple[Qwen2ParScaleConfig, TensorFiles]:
+    """Configuration and tensors of a published checkpoint, a folder or hub repository.
 
     Raises:
         ValueError: it is another kind of checkpoint, damaged, or its tensors are not those that its configuration
             asks for.
     """
-    model_type = read_json(folder / "config.json").get("model_type")
-    if model_type != PUBLISHED_TYPE:
-        raise ValueError(f"{folder} is no published ParScale checkpoint: its model type is {model_type!r}.")
-    config = Qwen2ParScaleConfig.from_pretrained(folder)
-    tensors = TensorFiles(folder)
+    kind = find_kind(source)
+    if kind.name != "published":
+        raise ValueError(
+            f"{source} must hold a published ParScale checkpoint, got one of the model type "
+            f"{kind.config.get('model_type')!r}: give another."
+        )
+    config = Qwen2ParScaleConfig.from_pretrained(kind.folder)
+    tensors = TensorFiles(kind.folder)
     _check_tensors(tensors, published_shapes(config), config)
     return config, tensors
 
 
-def open_backbone(folder: Path, published: Qwen2ParScaleConfig) -> TensorFiles:
-    """The tensors of a plain Qwen2 of the same shape.
+def open_backbone(source: str, published: Qwen2ParScaleConfig) -> TensorFiles:
+    """The tensors of a plain Qwen2 of the same shape, in a folder or hub repository.
 
     Raises:
         ValueError: it is another kind of model, damaged, or of another shape.
     """
-    model_type = read_json(folder / "config.json").get("model_type")
-    if model_type != Qwen2Config.model_type:
-        raise ValueError(f"The backbone {folder} has the model type {model_type!r}, the checkpoint needs a 'qwen2'.")
-    tensors = TensorFiles(folder)
+    kind = find_kind(source)
+    model_type = kind.config.get("model_type")
+    if kind.name != "plain" or model_type != Qwen2Config.model_type:
+        raise ValueError(
+            f"The backbone must be a plain checkpoint of the model type 'qwen2', got {source}, a {kind.name} one of the "
+            f"type {model_type!r}: give another."
+        )
+    tensors = TensorFiles(kind.folder)
     shapes = {name: shape for name, shape in published_shapes(published).items() if name == name_in_adapter(name)}
-    _check_tensors(tensors, shapes, Qwen2Config.from_pretrained(folder))
+    _check_tensors(tensors, shapes, Qwen2Config.from_pretrained(kind.folder))
     return tensors
 
 
@@ -126,7 +134,10 @@ def _check_tensors(tensors: TensorFiles, expected: dict[str, tuple[int, ...]], c
     if config.tie_word_embeddings and _LM_HEAD in found:
         del found[_LM_HEAD]
         if not torch.equal(tensors.read(_LM_HEAD), tensors.read(_EMBEDDING)):
-            raise ValueError(f"{tensors.folder} says that its embeddings are tied, but {_LM_HEAD} differs from them.")
+            raise ValueError(
+                f"{tensors.folder} says that its embeddings are tied, but {_LM_HEAD} differs from them: set "
+                "`tie_word_embeddings` in its config.json to what it was trained with."
+            )
     check_complete(found, expected, str(tensors.folder))
 
 
@@ -189,7 +200,7 @@ def _write_adapter(tensors: TensorFiles, names: list[str], folder: Path) -> None
     written = TensorFiles(folder, ADAPTER_WEIGHTS)
     for new, name in renamed.items():
         if new not in written.shapes or not torch.equal(written.read(new), tensors.read(name)):
-            raise ValueError(f"What was written to {folder} is not what was read: {new} differs.")
+            raise ValueError(f"What was written to {folder} is not what was read, {new} differs: import again.")
 
 
 def _copy_tokenizer(source: Path, folder: Path) -> None:

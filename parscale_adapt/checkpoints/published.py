@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from ..models.qwen2_parscale import Qwen2ParScaleConfig, Qwen2ParScaleForCausalLM
 from ..tuner.config import ParScaleConfig
+from .folders import PUBLISHED_TYPE
 
 
-PUBLISHED_TYPE = "qwen2_parscale"
 _OUR_KEYS = ("parscale_n", "parscale_n_tokens", "parscale_attn_smooth")
 _NAMES = (  # published, in an adapter file
     (r"\.self_attn\.prefix_([kv])$", r".self_attn.parscale_prefix_\1"),
@@ -74,13 +74,13 @@ def refuse_unpublishable(config: ParScaleConfig, model_type: str) -> None:
     """
     if model_type != Qwen2Config.model_type:
         raise ValueError(
-            f"The published layout is one of Qwen2, got a backbone of type {model_type!r}: export with "
+            f"The backbone must be a Qwen2 in the published layout, got one of the type {model_type!r}: export with "
             "`--format standalone`."
         )
     for name, value in {"stream_transform": "prefix", "aggregator": "dynamic"}.items():
         if config.num_streams > 1 and getattr(config, name) != value:
             raise ValueError(
-                f"The published layout has `{name}={value!r}` only, got {getattr(config, name)!r}: export with "
+                f"`{name}` must be {value!r} in the published layout, got {getattr(config, name)!r}: export with "
                 "`--format standalone`."
             )
 
@@ -100,14 +100,14 @@ def published_model(model: PreTrainedModel, streams: ParScaleConfig) -> Qwen2Par
     with torch.device("meta"):
         published = Qwen2ParScaleForCausalLM._from_config(config)
     dtype = model.get_input_embeddings().weight.dtype
-    state = {_name_of_owned(name): tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    state = {published_name(name): tensor.to(dtype) for name, tensor in model.state_dict().items()}
     published.load_state_dict(state, assign=True)
     published.tie_weights()
     published.generation_config = model.generation_config
     return published
 
 
-def _name_of_owned(name: str) -> str:
+def published_name(name: str) -> str:
     """Published name of a tensor in a standalone model."""
     name = re.sub(r"\.parscale\.(prefix_[kv])\.weight$", r".\1", name)
     return name.replace("model.parscale.aggregator.", "model.aggregate_layer.")

@@ -1,4 +1,4 @@
-"""An adapter and its backbone, loaded to be exported; everything is checked before weights are read."""
+"""An adapter and its backbone, loaded for use; everything is checked before weights are read."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,13 +8,15 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from ..tuner import model as _  # noqa: F401  (registers the method)
 from ..tuner.config import ParScaleConfig
-from .folders import ADAPTER_WEIGHTS, TensorFiles, find_checkpoint, read_json
+from .folders import Kind, find_adapter, find_kind, read_json
+from .headers import ADAPTER_WEIGHTS, TensorHeaders
 
 
 @dataclass
 class Source:
-    """What is exported: a folder with an adapter and, unless the adapter carries one, a backbone with its name.
+    """A folder with an adapter and, unless the adapter carries one, a backbone with its name.
 
     `model_type` is the backbone's.
     """
@@ -41,32 +43,32 @@ def find_source(adapter: str, backbone: str | None = None) -> Source:
     Raises:
         ValueError: there is no such adapter, it is of another method, a file is damaged, or no backbone is known.
     """
-    folder = find_checkpoint(adapter)
-    config = read_adapter_config(folder)
-    TensorFiles(folder, ADAPTER_WEIGHTS)
+    folder = find_adapter(adapter).folder
+    config = ParScaleConfig.from_pretrained(str(folder))
+    TensorHeaders(folder, ADAPTER_WEIGHTS)
     name = backbone or config.base_model_name_or_path
     if name:
-        backbone_folder = find_checkpoint(name)
-        fields = read_json(backbone_folder / "config.json")
-        if "parscale" in fields or "parscale_n" in fields:
-            raise ValueError(f"The backbone {name} has streams of its own: give the plain model.")
-        TensorFiles(backbone_folder)
-        return Source(folder, config, fields.get("model_type", ""), backbone_folder, name)
+        kind = _find_backbone(name, adapter)
+        if kind.name != "plain":
+            raise ValueError(
+                f"The backbone must be a plain checkpoint, got {name}, {_describe(kind)}: give the plain one."
+            )
+        TensorHeaders(kind.folder)
+        return Source(folder, config, kind.config.get("model_type", ""), kind.folder, name)
     if not (config.train_backbone and (folder / "config.json").is_file()):
-        raise ValueError(f"The adapter {adapter} names no backbone: give --backbone.")
+        raise ValueError(f"The adapter {adapter} names no backbone: give one with --backbone.")
     return Source(folder, config, read_json(folder / "config.json").get("model_type", ""), None, None)
 
 
-def read_adapter_config(folder: Path) -> ParScaleConfig:
-    """The configuration of a ParScale adapter.
+def _find_backbone(name: str, adapter: str) -> Kind:
+    try:
+        return find_kind(name)
+    except ValueError as error:
+        raise ValueError(f"The backbone of {adapter} can't be opened, give it with --backbone: {error}") from error
 
-    Raises:
-        ValueError: there is none, or it is one of another method.
-    """
-    method = read_json(folder / "adapter_config.json").get("peft_type")
-    if method != "PARSCALE":
-        raise ValueError(f"{folder} is no ParScale adapter: its method is {method}.")
-    return ParScaleConfig.from_pretrained(folder)
+
+def _describe(kind: Kind) -> str:
+    return "an adapter" if kind.name == "adapter" else f"a {kind.name} checkpoint with streams of its own"
 
 
 def load_source(source: Source, dtype: torch.dtype | None = None) -> PeftModel:
@@ -95,9 +97,12 @@ def _mapped_backbone(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel
     )
     missing = sorted(info["missing_keys"])
     if missing:
-        raise ValueError(f"The backbone {folder} is incomplete: it lacks {len(missing)} tensors, first {missing[0]}.")
+        raise ValueError(
+            f"The backbone {folder} is incomplete: it lacks {len(missing)} tensors, first {missing[0]}: get it whole."
+        )
     for name, found, wanted in sorted(info["mismatched_keys"]):
         raise ValueError(
-            f"The backbone {folder} does not fit its configuration: {name} is {tuple(found)} instead of {tuple(wanted)}."
+            f"The backbone {folder} does not fit its config.json, {name} is {tuple(found)} instead of {tuple(wanted)}: get "
+            "both from one place."
         )
     return model

@@ -1,29 +1,36 @@
-"""Does an exported checkpoint compute what its source computed, loaded by a process that knows nothing of it?"""
+"""Is an exported checkpoint what its source was, loaded by a process that knows nothing of it?"""
 
+import math
 import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors.torch import load_file
 
 from . import fresh_process
-from .folders import TensorFiles, read_json
-from .published import PUBLISHED_TYPE
-from .reference import REFERENCE_FILE, read_reference
+from .folders import find_kind
+from .fresh_process import LOGITS
+from .headers import REFERENCE_FILE
+from .reference import Reference, read_reference
+from .tensors import TensorFiles, hash_tensor
 
 
 _ROOT = Path(__file__).parents[2]
 
 
 @dataclass
-class VerifyReport:
-    """The largest difference between computed and stored logits, and how far they may differ."""
+class Comparison:
+    """Logits that were computed in one dtype, against those of the source.
 
-    folder: str
-    made_by: str
+    `largest_difference` is of single logits; `num_same_choices` counts the tokens with the same most likely follower.
+    """
+
+    dtype: str
     largest_difference: float
     tolerance: float
     num_same_choices: int
@@ -31,12 +38,47 @@ class VerifyReport:
 
     @property
     def passed(self) -> bool:
-        """Whether the checkpoint computes what its source computed."""
+        """Whether no logit is farther off than the tolerance."""
         return self.largest_difference <= self.tolerance
 
 
+@dataclass
+class VerifyReport:
+    """What was found: tensors of streams that are not those of the source, and how far logits are off.
+
+    `num_stream_tensors` counts the tensors that were compared. It is None for exports of version 0.1.0, which hold
+    nothing to compare them with.
+    """
+
+    folder: str
+    made_by: str
+    num_stream_tensors: int | None
+    changed_tensors: list[str]
+    comparisons: list[Comparison]
+
+    @property
+    def passed(self) -> bool:
+        """Whether the checkpoint is what its source was."""
+        return not self.changed_tensors and all(comparison.passed for comparison in self.comparisons)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields and results, ready for JSON, which has no infinity."""
+        comparisons = [
+            {
+                **asdict(comparison),
+                "largest_difference": difference
+                if math.isfinite(difference := comparison.largest_difference)
+                else None,
+                "passed": comparison.passed,
+            }
+            for comparison in self.comparisons
+        ]
+        return {**asdict(self), "comparisons": comparisons, "passed": self.passed}
+
+
 def verify_checkpoint(folder: Path) -> VerifyReport:
-    """Load an exported checkpoint in a fresh process and compare its logits with those of its source.
+    """Compare the streams of an exported checkpoint with those of its source, bit for bit, and, loaded in a fresh
+    process, its logits.
 
     A standalone checkpoint is loaded with its own code (`trust_remote_code=True`), without this package.
 
@@ -44,22 +86,45 @@ def verify_checkpoint(folder: Path) -> VerifyReport:
         ValueError: a file is missing or damaged, or the checkpoint doesn't load.
     """
     reference = read_reference(folder)
-    config = read_json(folder / "config.json")
-    TensorFiles(folder)
+    kind = find_kind(folder)
+    hashes, tensors = reference.stream_tensors, TensorFiles(folder)
+    changed = _changed_tensors(tensors, hashes or {})
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch, "logits.safetensors")
-        _run(folder.absolute(), output, needs_package=config.get("model_type") == PUBLISHED_TYPE)
-        logits = load_file(output)["logits"]
-    if logits.shape != reference.logits.shape:
-        raise ValueError(
-            f"{folder} computes logits of the shape {tuple(logits.shape)}, its reference has "
-            f"{tuple(reference.logits.shape)}: the files belong to different models."
-        )
+        _run(folder.absolute(), output, needs_package=kind.name == "published")
+        logits = load_file(output)
+    comparisons = [_compare(folder, end, reference, logits) for end in LOGITS if end in reference.tolerances]
+    return VerifyReport(str(folder), reference.made_by, None if hashes is None else len(hashes), changed, comparisons)
+
+
+def _changed_tensors(tensors: TensorFiles, hashes: dict[str, str]) -> list[str]:
+    return [
+        name
+        for name, expected in hashes.items()
+        if name not in tensors.shapes or hash_tensor(tensors.read(name)) != expected
+    ]
+
+
+def _compare(folder: Path, end: str, reference: Reference, logits: dict[str, torch.Tensor]) -> Comparison:
+    """Compare the logits whose names end so, over all batches."""
+    names = [name for name in reference.tensors if name.rpartition(".")[2] == end]
+    expected = [reference.tensors[name].flatten(0, -2).float() for name in names]
+    found = [logits[name].float() for name in names]
+    for ours, theirs in zip(found, expected):
+        if ours.shape != theirs.shape:
+            raise ValueError(
+                f"{folder} must hold files of one model, got logits of the shape {tuple(ours.shape)} where its reference "
+                f"has {tuple(theirs.shape)}: export again."
+            )
     # A difference that is no number is infinitely large.
-    difference = (logits - reference.logits).abs().nan_to_num(nan=float("inf"))
-    same = logits.argmax(-1) == reference.logits.argmax(-1)
-    return VerifyReport(
-        str(folder), reference.made_by, float(difference.max()), reference.tolerance, int(same.sum()), same.numel()
+    difference = (torch.cat(found) - torch.cat(expected)).abs().nan_to_num(nan=float("inf"))
+    is_same = torch.cat(found).argmax(-1) == torch.cat(expected).argmax(-1)
+    return Comparison(
+        dtype=str(LOGITS[end] or reference.tensors[names[0]].dtype).removeprefix("torch."),
+        largest_difference=float(difference.max()),
+        tolerance=reference.tolerances[end],
+        num_same_choices=int(is_same.sum()),
+        num_tokens=is_same.numel(),
     )
 
 

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..files import write_atomically
 from .law_source import LawOption, load_law
-from .output import check_writable, print_table, size_text, write_atomically, write_json
+from .output import check_writable, print_table, size_text, write_json
 
 
 if TYPE_CHECKING:

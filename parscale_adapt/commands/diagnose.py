@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .output import check_writable, print_table, write_atomically, write_json
+from ..files import write_atomically
+from .output import check_writable, hide_progress_bars, print_table, write_json
 
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def diagnose(
 ) -> None:
     """Measure the streams of a trained adapter: weights, own losses, correlation of errors, similarity by layer."""
     check_writable(json_file, pictures=[plot])
+    hide_progress_bars()
     _check_files(adapter, data)
     from ..analysis.diagnostics import diagnose as measure
 
@@ -57,43 +59,27 @@ def diagnose(
 
 def _check_files(adapter: Path, data: str) -> None:
     """Refuse what can't be a ParScale adapter or a text, before a model is loaded."""
-    import json
-
+    from ..checkpoints.folders import find_adapter
     from ..data.sources import find_local_files
 
-    file = adapter / "adapter_config.json"
-    if not file.is_file():
-        raise ValueError(f"there is no adapter in {adapter}: a PEFT folder holds adapter_config.json")
-    config: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    if config.get("peft_type") != "PARSCALE":
-        raise ValueError(f"{adapter} is not a ParScale adapter: its peft_type is {config.get('peft_type')!r}")
-    if config["num_streams"] < 2:
-        raise ValueError(f"{adapter} has one stream, so there is nothing to compare: P must be at least 2")
+    if find_adapter(adapter).num_streams < 2:
+        raise ValueError(
+            f"`num_streams` of {adapter} must be at least 2, got 1: it has one stream, nothing to compare."
+        )
     if find_local_files(data) is None:
-        raise ValueError(f"there is no file or folder {data}")
+        raise ValueError(f"`--data` must be a file or folder, got {data}, which is not there: give text that is here.")
 
 
 def _load(adapter: Path, backbone: str | None) -> "tuple[PeftModel, PreTrainedTokenizerBase]":
     import torch
-    from peft import PeftConfig, PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    from transformers import AutoTokenizer
 
-    from ..tuner import model as _  # noqa: F401  (registers the method)
+    from ..checkpoints.folders import find_tokenizer
+    from ..checkpoints.sources import find_source, load_source
 
-    logging.disable_progress_bar()
-    name = backbone or PeftConfig.from_pretrained(adapter).base_model_name_or_path
-    if not name:
-        raise ValueError(f"the config of {adapter} names no backbone: give --backbone")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name)
-        has_tokenizer = (adapter / "tokenizer_config.json").is_file()
-        tokenizer = AutoTokenizer.from_pretrained(adapter if has_tokenizer else name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"the backbone {name} can't be loaded, give --backbone ({reason})") from error
-    peft_model = PeftModel.from_pretrained(model, adapter)
-    return peft_model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    source = find_source(str(adapter), backbone)
+    tokenizer = AutoTokenizer.from_pretrained(find_tokenizer(source.tokenizer_folders))
+    return load_source(source).to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
 def _batches(
@@ -114,7 +100,7 @@ def _batches(
     documents = load_source(TextSource(data, text_field=text_field))
     rows = [row.to_dict() for row in islice(iterate_packed_rows(documents, tokenizer, max_length, data), max_rows)]
     if not any(row["num_tokens_trained"] for row in rows):
-        raise ValueError(f"{data} has no text to measure on: all of its documents are empty")
+        raise ValueError(f"`--data` must hold text, got {data}, whose documents are all empty: give another.")
     pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     collate = PackedCollator(pad_token_id)
     return [collate(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]

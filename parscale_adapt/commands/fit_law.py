@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .output import check_writable, print_table, size_text, write_atomically, write_json
+from ..files import write_atomically
+from .output import check_writable, print_table, size_text, write_json
 
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .output import check_writable, hide_progress_bars, write_json
+from .output import check_writable, write_json
 
 
 if TYPE_CHECKING:
@@ -23,8 +23,11 @@ def inspect(
 ) -> None:
     """Show kind, backbone, streams, added parameters, fingerprint and version of an adapter or checkpoint."""
     check_writable(json_file)
-    hide_progress_bars()
+    from huggingface_hub.utils import disable_progress_bars
+
     from ..checkpoints.inspection import inspect_folder
+
+    disable_progress_bars()
 
     found = inspect_folder(source, backbone)
     for name, value in _rows(found).items():

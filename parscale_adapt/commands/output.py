@@ -1,10 +1,10 @@
-"""What commands share for their results: tables on the terminal, files that are written whole or not at all."""
+"""What commands share for their results: tables on the terminal, and JSON."""
 
 import json
-import os
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from ..files import write_text
 
 
 def check_writable(*paths: Path | None, pictures: Sequence[Path | None] = ()) -> None:
@@ -15,34 +15,21 @@ def check_writable(*paths: Path | None, pictures: Sequence[Path | None] = ()) ->
     """
     for picture in pictures:
         if picture is not None and picture.suffix.lower() != ".png":
-            raise ValueError(f"pictures are written as PNG: give {picture} a name that ends in .png")
+            raise ValueError(f"The name of a picture must end in .png, got {picture}: pictures are written as PNG.")
     for path in (*paths, *pictures):
         if path is not None and path.is_dir():
-            raise ValueError(f"cannot write {path}: it is a folder, give a file name")
+            raise ValueError(f"An output must be a file, got the folder {path}: give a file name.")
         if path is not None and not path.absolute().parent.is_dir():
             raise ValueError(
-                f"cannot write {path}: the folder {path.absolute().parent} does not exist, create it first"
+                f"An output must be in a folder that is there, got {path}: {path.absolute().parent} does not exist, create "
+                "it first."
             )
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then move it into place."""
-    handle, name = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path | None, values: Mapping[str, object]) -> None:
     """Write a JSON file if a path was given. Numbers that JSON lacks (infinity) are an error, not a surprise."""
     if path is not None:
-        text = json.dumps(values, indent=2, allow_nan=False) + "\n"
-        write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        write_text(path, json.dumps(values, indent=2, allow_nan=False) + "\n")
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -74,9 +61,3 @@ def size_text(num_params: float) -> str:
         if num_params >= scale:
             return f"{num_params / scale:.2f}{unit}"
     return f"{num_params:.0f}"
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -5,6 +5,20 @@ import math
 import torch
 
 
+MAX_JOINED_QUERIES = 16
+MAX_JOINED_SCORES = 2**17  # 512 KiB in float32 per head and sample
+
+
+def can_join(num_queries: int, num_keys: int) -> bool:
+    """Whether to join scores rather than to copy keys and values behind the prefix.
+
+    The scores of one query are smaller than that copy, however long the cache. Those of several grow with the product
+    of both sizes, while a fused kernel over the copy holds none of them.
+    """
+    is_small = num_queries <= MAX_JOINED_QUERIES and num_queries * num_keys <= MAX_JOINED_SCORES
+    return num_queries == 1 or is_small
+
+
 def attend_over_prefix_and_cache(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -30,16 +44,18 @@ def attend_over_prefix_and_cache(
     num_key_value_heads, num_prefix_tokens = prefix_key.shape[1:3]
     grouped = query.reshape(batch_size, num_key_value_heads, -1, key_size)
     scale = 1 / math.sqrt(key_size) if scaling is None else scaling
-    scores = torch.matmul(grouped, key.transpose(-1, -2)).float() * scale
+    # One tensor for both, scaled and masked in place: at this size every copy of the scores is felt.
+    num_scores = num_prefix_tokens + key.shape[2]
+    scores = query.new_empty(*grouped.shape[:3], num_scores, dtype=torch.float32)
+    scores[..., :num_prefix_tokens] = grouped @ prefix_key.mT
+    scores[..., num_prefix_tokens:] = grouped @ key.mT
+    scores *= scale
     if attention_mask is not None:
-        by_head = scores.view(batch_size, num_heads, num_queries, -1)
+        of_cache = scores.view(batch_size, num_heads, num_queries, num_scores)[..., num_prefix_tokens:]
         if attention_mask.dtype == torch.bool:
-            by_head = by_head.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+            of_cache.masked_fill_(~attention_mask, torch.finfo(scores.dtype).min)
         else:
-            by_head = by_head + attention_mask
-        scores = by_head.view_as(scores)
-    prefix_scores = torch.matmul(grouped, prefix_key.transpose(-1, -2)).float() * scale
-    weights = torch.softmax(torch.cat([prefix_scores, scores], dim=-1), dim=-1).to(value.dtype)
-    output = torch.matmul(weights[..., :num_prefix_tokens], prefix_value)
-    output = output + torch.matmul(weights[..., num_prefix_tokens:], value)
+            of_cache += attention_mask
+    weights = torch.softmax(scores, dim=-1).to(value.dtype)
+    output = weights[..., :num_prefix_tokens] @ prefix_value + weights[..., num_prefix_tokens:] @ value
     return output.view(batch_size, num_heads, num_queries, -1).transpose(1, 2)

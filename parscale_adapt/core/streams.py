@@ -12,10 +12,9 @@ def replicate(tensor: torch.Tensor, num_streams: int) -> torch.Tensor:
     return tensor.repeat(num_streams, *[1] * (tensor.dim() - 1))
 
 
-def aggregation_features(hidden_states: torch.Tensor, num_streams: int) -> torch.Tensor:
-    """The aggregator's input: `[P * B, T, H]` to `[B, T, H * P]`, hidden index major (element `h * P + p`)."""
-    by_stream = hidden_states.view(num_streams, -1, *hidden_states.shape[1:])
-    return by_stream.permute(1, 2, 3, 0).flatten(-2)
+def aggregation_features(by_stream: torch.Tensor) -> torch.Tensor:
+    """The aggregator's input: `[P, ..., H]` to `[..., H * P]`, hidden index major (element `h * P + p`)."""
+    return by_stream.movedim(0, -1).flatten(-2)
 
 
 def smooth_weights(logits: torch.Tensor, smoothing: float) -> torch.Tensor:
@@ -25,6 +24,13 @@ def smooth_weights(logits: torch.Tensor, smoothing: float) -> torch.Tensor:
 
 
 def weighted_sum(hidden_states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Mix the streams: `[P * B, T, H]` hidden states and `[B, T, P]` weights to `[B, T, H]`, in the states' dtype."""
-    by_stream = hidden_states.view(weights.shape[-1], -1, *hidden_states.shape[1:])
-    return torch.einsum("btp,pbth->bth", weights, by_stream.to(weights.dtype)).to(hidden_states.dtype)
+    """Mix the streams: `[P * B, T, H]` hidden states and `[B, T, P]` weights to `[B, T, H]`, in the states' dtype.
+
+    The sum is kept in the weights' dtype. It grows stream by stream, so that half-precision states are never copied.
+    """
+    first, *others = hidden_states.view(weights.shape[-1], -1, *hidden_states.shape[1:]).unbind(0)
+    first_share, *shares = weights.unsqueeze(-1).unbind(-2)
+    mixed = first * first_share
+    for states, share in zip(others, shares):
+        mixed = torch.addcmul(mixed, states, share)
+    return mixed.to(hidden_states.dtype)

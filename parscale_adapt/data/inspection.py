@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby, islice, pairwise
 from typing import Any
@@ -27,44 +27,47 @@ def check_rows(
     num_rows: int = 3,
     *,
     num_checked: int = 1000,
-    allow_truncated: bool = False,
+    max_length: int | None = None,
+    end_token_ids: Collection[int] = (),
     console: Console | None = None,
 ) -> None:
     """Print the first rows with their loss mask, and refuse data that would teach a wrong end or nothing.
 
     Packed rows (`input_ids`, `seq_lengths`): each document has one end token, as its last token; what is cut at the
-    row's end goes on elsewhere. Rows prepared by TRL (`input_ids`, `labels`): the last trained stretch of each row
-    has an end token, so that the model learns to stop.
+    row's end goes on elsewhere. Rows of questions and answers (`input_ids`, `labels`): the last trained stretch of each
+    row has an end token, so that the model learns to stop, unless the row was cut.
 
     Args:
-        dataset: rows to inspect; they are read in their order.
+        dataset: rows to inspect; they are read in their order, and count from 1.
         tokenizer: the tokenizer that made the rows.
         num_rows: rows to print.
         num_checked: rows to check, from the first.
-        allow_truncated: accept TRL rows without an end token, because they were cut on purpose.
+        max_length: rows of questions and answers with so many tokens were cut, so their end may be missing.
+        end_token_ids: tokens that end an answer, besides the tokenizer's end token.
         console: where to print; standard output by default.
 
     Raises:
         ValueError: an end token is missing, doubled or inside a document; BOS is doubled; more than 1% of the checked
             rows have no target; or the columns are not those of prepared rows.
     """
-    checker = _RowChecker(tokenizer, end_token_of(tokenizer)[1], allow_truncated)
+    end_token_id = end_token_of(tokenizer)[1]
+    checker = _RowChecker(tokenizer, end_token_id, frozenset({end_token_id, *end_token_ids}), max_length)
     console = console or Console()
     num_seen = num_without_target = 0
-    for index, row in enumerate(islice(dataset, max(num_checked, num_rows))):
+    for number, row in enumerate(islice(dataset, max(num_checked, num_rows)), start=1):
         segments = list(_segments(row))
-        if index < num_rows:
-            console.print(_render(row, segments, tokenizer, index))
+        if number <= num_rows:
+            console.print(_show(row, segments, tokenizer, f"row {number}"))
         for segment in segments:
-            checker.check(segment, index)
+            checker.check(segment, number)
         num_seen += 1
         num_without_target += not any(segment.has_target for segment in segments)
     if num_seen == 0:
-        raise ValueError("the dataset has no row")
+        raise ValueError("The dataset has no row: give data with at least one.")
     if num_without_target > MAX_FRACTION_WITHOUT_TARGET * num_seen:
         raise ValueError(
-            f"{num_without_target} of the first {num_seen} rows have no token to train on; "
-            "check the loss mask (a chat template without generation marks, or answers cut off by max_length)"
+            f"{num_without_target} of the first {num_seen} rows have no token to train on: check the loss mask, and "
+            "whether `max_length` cuts off the answers."
         )
     console.print(f"{num_seen} rows checked: end tokens and targets are in order.")
 
@@ -75,7 +78,7 @@ class _Segment:
 
     input_ids: list[int]
     is_trained: list[bool]
-    is_prepared_by_trl: bool
+    has_labels: bool
     may_continue: bool
 
     @property
@@ -83,16 +86,16 @@ class _Segment:
         return any(self.is_trained)
 
 
-def _segments(row: dict[str, Any]) -> Iterator[_Segment]:
+def _segments(row: Mapping[str, Any]) -> Iterator[_Segment]:
     if "input_ids" not in row or not ("labels" in row or "seq_lengths" in row):
         raise ValueError(
-            f"rows need the columns input_ids and seq_lengths (packed) or labels (prepared by TRL), "
-            f"found {', '.join(row)}"
+            "Rows must have the columns `input_ids` and `seq_lengths` (packed) or `labels` (questions and answers), got "
+            f"{', '.join(row)}."
         )
     input_ids = [int(token) for token in row["input_ids"]]
     labels = [int(label) for label in row.get("labels", input_ids)]
     if len(labels) != len(input_ids):
-        raise ValueError(f"a row has {len(input_ids)} tokens and {len(labels)} labels; they must be as many")
+        raise ValueError(f"A row must have as many labels as tokens, got {len(labels)} and {len(input_ids)}.")
     seq_lengths = check_seq_lengths(row) if "seq_lengths" in row else [len(input_ids)]
     start = 0
     for number, length in enumerate(seq_lengths, start=1):
@@ -105,38 +108,39 @@ def _segments(row: dict[str, Any]) -> Iterator[_Segment]:
 
 @dataclass(frozen=True)
 class _RowChecker:
-    """The rules for one segment; `index` names the row in messages."""
+    """The rules for one segment; `number` names the row in messages."""
 
     tokenizer: PreTrainedTokenizerBase
     end_token_id: int
-    allow_truncated: bool
+    answer_ends: frozenset[int]
+    max_length: int | None
 
-    def check(self, segment: _Segment, index: int) -> None:
+    def check(self, segment: _Segment, number: int) -> None:
         """Raise ValueError if the segment breaks a rule."""
         begin = self.tokenizer.bos_token_id
         if begin is not None and begin != self.end_token_id and segment.input_ids[:2] == [begin, begin]:
             raise ValueError(
-                f"row {index} begins with two BOS tokens ({self.tokenizer.bos_token!r}); the text or the chat "
-                "template already has the one that the tokenizer adds"
+                f"Row {number} begins with two BOS tokens ({self.tokenizer.bos_token!r}): the text or the chat template "
+                "already has the one that the tokenizer adds."
             )
-        if segment.is_prepared_by_trl:
-            self._check_trained_end(segment, index)
+        if segment.has_labels:
+            self._check_trained_end(segment, number)
         else:
-            self._check_document_end(segment, index)
+            self._check_document_end(segment, number)
 
-    def _check_document_end(self, segment: _Segment, index: int) -> None:
+    def _check_document_end(self, segment: _Segment, number: int) -> None:
         tokens = segment.input_ids
         if len(tokens) > 1 and tokens[0] == self.tokenizer.bos_token_id == self.end_token_id:
             tokens = tokens[1:]
         if self.end_token_id in tokens[:-1]:
             raise ValueError(
-                f"row {index}: a document has the end token {self.tokenizer.eos_token!r} before its end; "
-                "the text holds it already, or boundaries are missing in seq_lengths"
+                f"Row {number}: a document has the end token {self.tokenizer.eos_token!r} before its end: the text holds "
+                "it already, or boundaries are missing in `seq_lengths`."
             )
         if tokens[-1] != self.end_token_id and not segment.may_continue:
-            raise ValueError(f"row {index}: a document lacks its end token {self.tokenizer.eos_token!r}")
+            raise ValueError(f"Row {number}: a document lacks its end token {self.tokenizer.eos_token!r}.")
 
-    def _check_trained_end(self, segment: _Segment, index: int) -> None:
+    def _check_trained_end(self, segment: _Segment, number: int) -> None:
         if not segment.has_target:
             return
         last = max(place for place, trained in enumerate(segment.is_trained) if trained)
@@ -144,19 +148,25 @@ class _RowChecker:
         while segment.is_trained[first - 1]:
             first -= 1
         answer = segment.input_ids[first : last + 1]
-        if self.end_token_id not in answer and not self.allow_truncated:
+        is_cut = self.max_length is not None and len(segment.input_ids) >= self.max_length
+        if not is_cut and not self.answer_ends.intersection(answer):
             raise ValueError(
-                f"row {index}: the end token {self.tokenizer.eos_token!r} is not trained, so the model would not "
-                "learn to stop; it is masked, missing, or cut off by max_length (allow_truncated accepts the latter)"
+                f"Row {number}: no end token such as {self.tokenizer.eos_token!r} is trained, so the model would not learn "
+                "to stop: it is masked, or missing in the chat template."
             )
         if any(pair == (self.end_token_id, self.end_token_id) for pair in pairwise(answer)):
             raise ValueError(
-                f"row {index}: the end token {self.tokenizer.eos_token!r} is doubled; the data or the chat template "
-                "already has the one that is added"
+                f"Row {number}: the end token {self.tokenizer.eos_token!r} is doubled: the data or the chat template "
+                "already has the one that is added."
             )
 
 
-def _render(row: dict[str, Any], segments: list[_Segment], tokenizer: PreTrainedTokenizerBase, index: int) -> Panel:
+def show_prepared(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, title: str) -> Panel:
+    """A prepared row as text, with what is not trained in ⟦brackets⟧."""
+    return _show(row, list(_segments(row)), tokenizer, title)
+
+
+def _show(row: Mapping[str, Any], segments: list[_Segment], tokenizer: PreTrainedTokenizerBase, title: str) -> Panel:
     text = Text()
     num_shown = 0
     for segment in segments:
@@ -170,5 +180,5 @@ def _render(row: dict[str, Any], segments: list[_Segment], tokenizer: PreTrained
     if num_hidden:
         text.append(f" … {num_hidden} more tokens", style="italic")
     num_trained = sum(sum(segment.is_trained) for segment in segments)
-    title = f"row {index}: {len(row['input_ids'])} tokens, {num_trained} trained; ⟦not trained⟧"
+    title = f"{title}: {len(row['input_ids'])} tokens, {num_trained} trained; ⟦not trained⟧"
     return Panel(text, title=title, title_align="left")

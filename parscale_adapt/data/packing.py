@@ -83,7 +83,7 @@ def pack_documents(documents: Iterable[Sequence[int]], max_length: int) -> Itera
     row = PackedRow()
     for document in documents:
         if not document:
-            raise ValueError("a document has no token; each needs at least its end token")
+            raise ValueError("A document has no token: each needs at least its end token.")
         start = num_overlapping = 0
         while start + num_overlapping < len(document):
             piece = document[start : start + max_length - len(row.input_ids)]
@@ -100,7 +100,7 @@ def pack_documents(documents: Iterable[Sequence[int]], max_length: int) -> Itera
 def check_max_length(max_length: int) -> None:
     """Raise ValueError unless a row of `max_length` tokens can hold a token and its target."""
     if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 2:
-        raise ValueError(f"max_length must be a whole number of at least 2 tokens, got {max_length!r}")
+        raise ValueError(f"`max_length` must be a whole number of at least 2 tokens, got {max_length!r}.")
 
 
 def iterate_packed_rows(
@@ -161,8 +161,8 @@ class PackedCollator:
     def __post_init__(self) -> None:
         if isinstance(self.pad_token_id, bool) or not isinstance(self.pad_token_id, int):
             raise TypeError(
-                f"pad_token_id must be an int, got {self.pad_token_id!r}; "
-                "a tokenizer without a padding token can lend its eos_token_id"
+                f"`pad_token_id` must be an integer, got {self.pad_token_id!r}: a tokenizer without a padding token can lend "
+                "its `eos_token_id`."
             )
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -193,9 +193,9 @@ class PackedCollator:
 def check_seq_lengths(row: Mapping[str, Any]) -> list[int]:
     """Return the segment lengths of a packed row; ValueError if they are missing or do not sum to its length."""
     if "seq_lengths" not in row:
-        raise ValueError(f"a packed row needs the columns input_ids and seq_lengths, found {', '.join(row)}")
+        raise ValueError(f"A packed row must have the columns `input_ids` and `seq_lengths`, got {', '.join(row)}.")
     seq_lengths = [int(size) for size in row["seq_lengths"]]
     length = len(row["input_ids"])
     if sum(seq_lengths) != length or min(seq_lengths, default=0) < 1:
-        raise ValueError(f"a packed row of {length} tokens has segments of {seq_lengths} tokens; they must sum to it")
+        raise ValueError(f"The segments of a packed row of {length} tokens must sum to it, got {seq_lengths}.")
     return seq_lengths

@@ -11,7 +11,7 @@ import numpy as np
 from datasets import Dataset, Features, IterableDataset, Value
 from transformers import PreTrainedTokenizerBase
 
-from .packing import PACKED_FEATURES, PackedRow, iterate_packed_rows
+from .packing import PACKED_FEATURES, PackedRow, check_max_length, iterate_packed_rows
 from .report import TokenReport
 from .sources import check_weight
 
@@ -31,20 +31,40 @@ class LoadedSource:
         check_weight(self.weight, self.name)
         columns = self.dataset.column_names
         if columns is not None and "text" not in columns:
-            raise ValueError(f"{self.name} has no column 'text'; its columns are {', '.join(columns)}")
+            raise ValueError(f"{self.name} must have a column `text`, got {', '.join(columns)}.")
         if isinstance(self.dataset, Dataset) and len(self.dataset) == 0:
-            raise ValueError(f"{self.name} is empty")
+            raise ValueError(f"{self.name} is empty: give data with at least one row.")
 
 
 @dataclass(frozen=True)
-class RowSettings:
-    """How rows are made; see `build_train_dataset`."""
+class MixtureSettings:
+    """How the rows of a training run are made.
 
-    tokenizer: PreTrainedTokenizerBase
+    Args:
+        max_length: tokens per row.
+        seed: decides every order.
+        num_epochs: epochs to lay out in one dataset. None means one; for a stream it means without end (the Trainer
+            needs `max_steps` there, and can only resume exactly within one pass over its dataset).
+        max_rows: stop after this many rows, with as many epochs as they take unless `num_epochs` limits them. With
+            the number that a run consumes, the report says exactly what is trained.
+        shuffle_buffer_size: documents held to shuffle a streaming source, 0 to keep its order. Others are always
+            shuffled completely.
+        drop_partial_rows: leave out the shorter row that closes each source's epoch (it is counted as dropped).
+    """
+
     max_length: int
     seed: int
-    shuffle_buffer_size: int
-    drop_partial_rows: bool
+    num_epochs: int | None = None
+    max_rows: int | None = None
+    shuffle_buffer_size: int = 0
+    drop_partial_rows: bool = False
+
+    def __post_init__(self) -> None:
+        check_max_length(self.max_length)
+        for name, lowest in (("seed", 0), ("num_epochs", 1), ("max_rows", 1), ("shuffle_buffer_size", 0)):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < lowest):
+                raise ValueError(f"`{name}` must be a whole number of at least {lowest}, got {value!r}.")
 
 
 @dataclass(frozen=True)
@@ -53,7 +73,8 @@ class SourceRows:
 
     index: int
     source: LoadedSource
-    settings: RowSettings
+    tokenizer: PreTrainedTokenizerBase
+    settings: MixtureSettings
     report: TokenReport
 
     def epoch(self, epoch: int) -> Iterator[dict[str, Any]]:
@@ -63,9 +84,7 @@ class SourceRows:
             ValueError: the whole source holds nothing to train on.
         """
         settings = self.settings
-        rows = iterate_packed_rows(
-            self._documents(epoch), settings.tokenizer, settings.max_length, label=self.source.name
-        )
+        rows = iterate_packed_rows(self._documents(epoch), self.tokenizer, settings.max_length, label=self.source.name)
         num_tokens_trained = 0
         for row, is_last in _mark_last(self._without_partial(rows)):
             num_tokens_trained += row.num_tokens_trained
@@ -73,7 +92,7 @@ class SourceRows:
         if num_tokens_trained == 0:
             raise ValueError(
                 f"{self.source.name} has nothing to train on: its documents are empty, or all of it fits in less than "
-                f"one row of {settings.max_length} tokens and drop_partial_rows is set"
+                f"one row of {settings.max_length} tokens and `drop_partial_rows` is set."
             )
 
     def forever(self) -> Iterator[dict[str, Any]]:
@@ -103,23 +122,22 @@ class RowStream:
 
     streams: Sequence[SourceRows]
     shares: Sequence[float]
-    num_epochs: int | None
-    max_rows: int | None
+    settings: MixtureSettings
     report: TokenReport
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yield rows (`TRAINING_FEATURES`) until each source was used `num_epochs` times, or `max_rows` came."""
         self.report.reset()
-        for row in islice(self._interleaved(), self.max_rows):
+        for row in islice(self._interleaved(), self.settings.max_rows):
             self.report.add_row(row)
             yield row
 
     def _interleaved(self) -> Iterator[dict[str, Any]]:
         iterators = [stream.forever() for stream in self.streams]
-        row_size = self.streams[0].settings.max_length
+        num_epochs, row_size = self.settings.num_epochs, self.settings.max_length
         num_trained = [0] * len(iterators)
         num_epochs_done = [0] * len(iterators)
-        while self.num_epochs is None or min(num_epochs_done) < self.num_epochs:
+        while num_epochs is None or min(num_epochs_done) < num_epochs:
             target = sum(num_trained) + row_size
             deficits = [share * target - done for share, done in zip(self.shares, num_trained)]
             index = deficits.index(max(deficits))

@@ -34,8 +34,8 @@ def end_token_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
     """Return the end token and its id; ValueError if the tokenizer has none."""
     if tokenizer.eos_token is None or tokenizer.eos_token_id is None:
         raise ValueError(
-            f"the tokenizer {type(tokenizer).__name__} has no end token, so documents cannot be told apart; "
-            "set tokenizer.eos_token"
+            f"The tokenizer {type(tokenizer).__name__} has no end token, so nothing would end: set `eos_token` to one of its "
+            "tokens (--eos_token)."
         )
     return str(tokenizer.eos_token), int(tokenizer.eos_token_id)
 
@@ -54,7 +54,8 @@ def iterate_encoded(
         texts = batch["text"]
         for index, text in enumerate(texts):
             if not isinstance(text, str):
-                raise TypeError(f"{label}: document {num_seen + index} is {type(text).__name__}, not text")
+                found = "null" if text is None else type(text).__name__
+                raise TypeError(f"{label}, row {num_seen + index + 1}: the field 'text' must hold text, got {found}.")
         yield from encode_documents(texts, tokenizer)
         num_seen += len(texts)
 

@@ -33,7 +33,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     smallest = len(alphabet) + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
-        raise ValueError(f"vocab_size must be at least {smallest} (bytes and special tokens), got {vocab_size}")
+        raise ValueError(f"`vocab_size` must be at least {smallest} (bytes and special tokens), got {vocab_size}.")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -49,8 +49,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() != vocab_size:
         raise ValueError(
-            f"the texts give only {tokenizer.get_vocab_size()} tokens, not {vocab_size}; "
-            "use more text or a smaller vocab_size"
+            f"The texts give only {tokenizer.get_vocab_size()} tokens, not {vocab_size}: use more text or a smaller "
+            "`vocab_size`."
         )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

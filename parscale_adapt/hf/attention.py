@@ -1,7 +1,7 @@
 """Streams inside attention, once for every implementation.
 
-transformers dispatches attention by name. `parscale_sdpa` and its siblings put the prefix of the calling module in
-front of its keys and values and hand over to the stock function of that name. Nothing travels through
+transformers dispatches attention by name. Functions named after this package and the stock function put the prefix of
+the calling module in front of its keys and values and hand over to the stock function. Nothing travels through
 `past_key_values`, so gradient checkpointing, caches and position ids stay as they are.
 
 For attention the streams of a sample are extra heads, so that masks, packed documents and paged caches keep batch `B`.
@@ -210,5 +210,7 @@ def _option_for_heads(name: str, option: Any, num_rows: int, layout: UniformLayo
     return option[: layout.count_samples(num_rows)] if option.shape[0] == num_rows else option
 
 
-for _implementation in FAMILIES:
-    AttentionInterface.register(STREAMS + _implementation, _stream_attention(_implementation))
+def register_stream_attention() -> None:
+    """Make transformers find the attention functions that know streams."""
+    for implementation in FAMILIES:
+        AttentionInterface.register(STREAMS + implementation, _stream_attention(implementation))

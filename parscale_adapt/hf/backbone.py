@@ -1,7 +1,7 @@
 """What a backbone looks like from inside its attention calls; read off one small forward, not guessed from configs."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, cache_
 
 from .config_view import stock_config
 from .decoder import refuse_unsupported_attention
-from .engines import gathered_parameters
+from .engines import execution_device, gathered_parameters, refuse_absent_weights
 from .observer import AttentionObserver, observe_attention
 
 
@@ -33,10 +33,14 @@ class ObservedStates:
 
 @dataclass
 class Observation:
-    """One forward of a decoder: what its attention modules saw, by module name, and the size of its output."""
+    """One forward of a decoder: what its attention modules saw, by module name, and the size of its output.
+
+    `output_module` names the last module with weights of its own that ran.
+    """
 
     states: dict[str, ObservedStates]
     hidden_size: int
+    output_module: str
 
 
 @dataclass
@@ -46,6 +50,7 @@ class Backbone:
     Args:
         decoder_name: the module whose output is aggregated.
         hidden_size: of that output.
+        output_module: where that output was computed last; a backbone may be spread over several devices.
         attention_shapes: the attention modules in which a prefix can live, by module name; empty where none can be
             reached.
         attended_layers: layers of the cache whose attention functions get just what `Cache.update` returns.
@@ -54,6 +59,7 @@ class Backbone:
 
     decoder_name: str
     hidden_size: int
+    output_module: str
     attention_shapes: dict[str, AttentionShape]
     attended_layers: frozenset[int] = frozenset()
     masks_per_row: bool = False
@@ -100,10 +106,11 @@ def probe_backbone(model: PreTrainedModel) -> Backbone:
     """Find the decoder and every attention module of `model` by running one token through it.
 
     Raises:
-        TypeError, ValueError: as in [`find_decoder`]; ValueError also where attention picks single keys, or where a cache
-            holds what streams can't lay out.
+        TypeError, ValueError: as in [`find_decoder`]; ValueError also where weights are missing, where attention picks
+            single keys, or where a cache holds what streams can't lay out.
     """
     decoder_name = find_decoder(model)
+    refuse_absent_weights(model)
     refuse_unsupported_attention(model.get_submodule(decoder_name))
     observed = observe_states(model, torch.zeros(1, 1, dtype=torch.long))
     shapes = {
@@ -111,7 +118,7 @@ def probe_backbone(model: PreTrainedModel) -> Backbone:
         for name, states in observed.states.items()
     }
     attended_layers, masks_per_row = _observe_routes(model) if shapes else (frozenset(), False)
-    return Backbone(decoder_name, observed.hidden_size, shapes, attended_layers, masks_per_row)
+    return Backbone(decoder_name, observed.hidden_size, observed.output_module, shapes, attended_layers, masks_per_row)
 
 
 class _StateObserver(AttentionObserver):
@@ -190,7 +197,7 @@ def _observe_routes(model: PreTrainedModel) -> tuple[frozenset[int], bool]:
     decoder = model.get_submodule(find_decoder(model))
     cache = _empty_cache(model, stock_config(decoder.config))
     observer = _RouteObserver(cache)
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     input_ids, attention_mask = torch.zeros(2, 3, dtype=torch.long), torch.tensor([[0, 1, 1], [1, 1, 1]])
     inputs = {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
     with evaluating(model), gathered_parameters(model), observe_attention(model, observer):
@@ -211,12 +218,29 @@ def observe_states(
     model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None
 ) -> Observation:
     """Run `input_ids` `[rows, T]` through the decoder and look at its attention calls."""
-    observer = _StateObserver(model)
-    device = model.get_input_embeddings().weight.device
+    observer, decoder = _StateObserver(model), model.get_submodule(find_decoder(model))
+    device = input_device(model)
     positions = {} if position_ids is None else {"position_ids": position_ids.to(device)}
-    with evaluating(model), gathered_parameters(model), observe_attention(model, observer):
-        output = model.get_submodule(find_decoder(model))(input_ids=input_ids.to(device), use_cache=False, **positions)
-    return Observation(observer.states, output[0].shape[-1])
+    with evaluating(model), gathered_parameters(model), observe_attention(model, observer), _running(decoder) as ran:
+        output = decoder(input_ids=input_ids.to(device), use_cache=False, **positions)
+    return Observation(observer.states, output[0].shape[-1], observer.names[ran[-1]])
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where token ids have to be."""
+    return execution_device(model.get_input_embeddings())
+
+
+@contextmanager
+def _running(decoder: nn.Module) -> Iterator[list[nn.Module]]:
+    """The modules inside a decoder that have weights of their own, in the order in which they run inside the block."""
+    ran: list[nn.Module] = []
+    with ExitStack() as stack:
+        for module in decoder.modules():
+            if module is not decoder and next(module.parameters(recurse=False), None) is not None:
+                hook = module.register_forward_hook(lambda module, *_: ran.append(module))
+                stack.callback(hook.remove)
+        yield ran
 
 
 @contextmanager

@@ -110,16 +110,16 @@ def _describe(owner: CacheOwners) -> str:
     return "the plain backbone" if owner is None else f"the adapter {owner.name!r}"
 
 
-_view_classes: dict[type, type] = {}  # not `lru_cache`, of which torch.compile warns
+_cache_view_classes: dict[type, type] = {}  # not `lru_cache`, of which torch.compile warns
 
 
-def _view_class(cache_class: type) -> type:
-    if cache_class not in _view_classes:
+def _cache_view_class(cache_class: type) -> type:
+    if cache_class not in _cache_view_classes:
         namespace = {"__slots__": ("attended_layers", "layout", "viewed"), "__module__": __name__}
-        _view_classes[cache_class] = type(
+        _cache_view_classes[cache_class] = type(
             f"StreamView{cache_class.__name__}", (_StreamFolding, cache_class), namespace
         )
-    return _view_classes[cache_class]
+    return _cache_view_classes[cache_class]
 
 
 def stream_view(cache: Cache, layout: StreamLayout, attended_layers: Set[int]) -> _StreamFolding:
@@ -129,7 +129,7 @@ def stream_view(cache: Cache, layout: StreamLayout, attended_layers: Set[int]) -
     `[R, h, T, d]` elsewhere. `view.viewed` is `cache` itself.
     """
     cache_class: Any = type(cache)
-    view: Any = object.__new__(_view_class(cache_class))
+    view: Any = object.__new__(_cache_view_class(cache_class))
     view.__dict__ = cache.__dict__
     view.layout = layout
     view.attended_layers = attended_layers

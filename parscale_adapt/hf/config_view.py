@@ -14,7 +14,9 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 
-STREAMS = "parscale_"
+# Functions are registered for the whole process. Named after their module, they leave those of checkpoints that bring
+# their own code, in whatever version, alone.
+STREAMS = f"{__name__}."
 
 
 class _View:
@@ -48,7 +50,7 @@ class _View:
 
 
 @lru_cache
-def _view_class(config_class: type) -> type:
+def _config_view_class(config_class: type) -> type:
     namespace = {"__slots__": ("name_prefix", "stream_decoder", "viewed"), "__module__": __name__}
     return type(f"ViewOf{config_class.__name__}", (_View, config_class), namespace)
 
@@ -59,7 +61,7 @@ def config_view(config: PreTrainedConfig, name_prefix: str, decoder: nn.Module |
     `view.viewed` is `config` itself, `view.stream_decoder` the decoder whose streams run there.
     """
     config_class: Any = type(config)
-    view: Any = object.__new__(_view_class(config_class))
+    view: Any = object.__new__(_config_view_class(config_class))
     for name, value in {"__dict__": config.__dict__, "viewed": config, "name_prefix": name_prefix}.items():
         object.__setattr__(view, name, value)
     object.__setattr__(view, "stream_decoder", decoder)

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from ..core.layout import StreamLayout, UniformLayout
+from .attention import register_stream_attention
 from .cache import claim_cache, claim_pages, mark_cache, stream_view, viewed_cache
 from .config_view import STREAMS, config_view, stock_config
 from .masks import register_stream_masks
@@ -226,4 +227,5 @@ def _caller_cache(cache: Cache, streams: DecoderStreamsProtocol, layout: StreamL
     return viewed_cache(cache)
 
 
+register_stream_attention()
 register_stream_masks()

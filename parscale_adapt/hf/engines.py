@@ -1,8 +1,10 @@
-"""Parameters that are not held as plain tensors: shares of a sharding engine, and packed 4-bit weights."""
+"""Parameters that are not held as plain tensors: shares of a sharding engine, offloaded weights, packed 4-bit weights."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -62,3 +64,59 @@ def keep_unpacked(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """The device on which a module computes, also where accelerate keeps its weights elsewhere between two calls."""
+    for part in module.modules():
+        for hook in _hooks_of_accelerate(part):
+            if getattr(hook, "execution_device", None) is not None:
+                return torch.device(hook.execution_device)
+    parameters = list(module.parameters())
+    return next((parameter.device for parameter in parameters if not parameter.is_meta), parameters[0].device)
+
+
+def offloaded_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules, by name, whose own weights accelerate brings for each call and drops after it."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if any(getattr(hook, "offload", False) for hook in _hooks_of_accelerate(module))
+    }
+
+
+def stored_value(model: nn.Module, name: str) -> torch.Tensor:
+    """A parameter by its name, or what accelerate keeps of it in memory or on disk while it is offloaded."""
+    module_name, _, parameter_name = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    parameter = getattr(module, parameter_name)
+    if parameter.is_meta:
+        for hook in _hooks_of_accelerate(module):
+            if getattr(hook, "offload", False):
+                return hook.weights_map[parameter_name]
+    return parameter
+
+
+def refuse_absent_weights(model: nn.Module) -> None:
+    """Raises ValueError where the model can't run since weights are on the meta device, or where accelerate's hooks
+    would look for the weights of streams, too."""
+    offloaded = offloaded_modules(model)
+    for name, module in offloaded.items():
+        if any(getattr(hook, "place_submodules", False) for hook in _hooks_of_accelerate(module)):
+            raise ValueError(
+                f"accelerate brings all weights inside `{name}` at once (`preload_module_classes`), and would look for "
+                "those of streams among them: dispatch the backbone without `preload_module_classes`."
+            )
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta and name.rpartition(".")[0] not in offloaded:
+            raise ValueError(
+                f"The backbone's weights are not there: `{name}` is on the meta device and nothing brings it "
+                "(`PeftModel.from_pretrained` takes offloading to disk away). Load the backbone into memory, or put a new "
+                "adapter on it by `get_peft_model` and the saved one beside that by `load_adapter`."
+            )
+
+
+def _hooks_of_accelerate(module: nn.Module) -> Iterator[Any]:
+    hook = vars(module).get("_hf_hook")
+    if hook is not None:
+        yield from getattr(hook, "hooks", (hook,))

@@ -7,13 +7,13 @@ agrees with itself. (A float32 checkpoint in bfloat16 and in float16 are too far
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .engines import gathered, is_partitioned
+from .engines import gathered, is_partitioned, stored_value
 
 
 NUM_SAMPLED_VALUES = 4096
@@ -35,16 +35,29 @@ def backbone_fingerprint(model: PreTrainedModel) -> dict[str, str]:
     shape = {name: getattr(config, name, None) for name in _SHAPE_FIELDS}
     fingerprint = {"shape": json.dumps(shape, sort_keys=True)}
     for name, parameter in _sampled_parameters(model):
-        if not parameter.is_meta:  # offloaded by accelerate: can't be read here
-            fingerprint[name] = _hash_sample(parameter)
+        values = _sample(model, name, parameter)
+        if not values.is_meta:  # of a model that is only a shape
+            fingerprint[name] = f"{_hash(values)} {_hash(values.half())}"
     return fingerprint
 
 
-def describe_difference(expected: dict[str, str], found: dict[str, str]) -> str | None:
-    """One phrase that says how two fingerprints differ, or None where they agree."""
-    if expected["shape"] != found["shape"]:
+def embedding_name(model: PreTrainedModel) -> str:
+    """The name of the embedding's weights, under which a fingerprint knows them."""
+    embedding = model.get_input_embeddings().weight
+    return next(name for name, parameter in model.named_parameters() if parameter is embedding)
+
+
+def describe_difference(expected: dict[str, str], found: dict[str, str], ignored: Collection[str] = ()) -> str | None:
+    """One phrase that says how two fingerprints differ, or None where they agree.
+
+    Args:
+        expected, found: two fingerprints.
+        ignored: names of entries that need not agree.
+    """
+    if expected["shape"] != found["shape"] and "shape" not in ignored:
         return f"its shape is {found['shape']} instead of {expected['shape']}"
-    changed = sorted(name for name in expected.keys() & found.keys() if not _agree(expected[name], found[name]))
+    compared = (expected.keys() & found.keys()) - {"shape", *ignored}
+    changed = sorted(name for name in compared if not _agree(expected[name], found[name]))
     if changed:
         return f"its weights differ (first in `{changed[0]}`)"
     return None
@@ -52,9 +65,7 @@ def describe_difference(expected: dict[str, str], found: dict[str, str]) -> str 
 
 def _sampled_parameters(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter]]:
     """The embedding and all norms-like vectors of the first, middle and last module that own one."""
-    embedding = model.get_input_embeddings().weight
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    yield names[embedding], embedding
+    yield embedding_name(model), model.get_input_embeddings().weight
     vectors = [(name, parameter) for name, parameter in model.named_parameters() if len(_full_shape(parameter)) == 1]
     for index in sorted({0, len(vectors) // 2, len(vectors) - 1}) if vectors else ():
         yield vectors[index]
@@ -68,11 +79,6 @@ def _agree(hashes: str, other: str) -> bool:
     return not set(hashes.split()).isdisjoint(other.split())
 
 
-def _hash_sample(parameter: nn.Parameter) -> str:
-    values = _sample(parameter)
-    return f"{_hash(values)} {_hash(values.half())}"
-
-
 def _hash(values: torch.Tensor) -> str:
     rounded = values.bfloat16()
     rounded[rounded.abs() < _SMALLEST_SAMPLED] = 0.0
@@ -80,13 +86,10 @@ def _hash(values: torch.Tensor) -> str:
 
 
 @torch.no_grad()
-def _sample(parameter: nn.Parameter) -> torch.Tensor:
-    """Up to `NUM_SAMPLED_VALUES` evenly spaced values of a tensor, on the CPU."""
+def _sample(model: PreTrainedModel, name: str, parameter: nn.Parameter) -> torch.Tensor:
+    """Up to `NUM_SAMPLED_VALUES` evenly spaced values of a parameter, on the CPU; on the meta device where it has none."""
     with gathered([parameter]):
-        return _evenly_spaced(parameter)
-
-
-def _evenly_spaced(parameter: nn.Parameter) -> torch.Tensor:
-    flat = parameter.detach().flatten()
-    step = max(1, flat.numel() // NUM_SAMPLED_VALUES)
-    return flat[::step][:NUM_SAMPLED_VALUES].cpu().clone()
+        flat = stored_value(model, name).detach().flatten()
+        step = max(1, flat.numel() // NUM_SAMPLED_VALUES)
+        values = flat[::step][:NUM_SAMPLED_VALUES]
+        return values if values.is_meta else values.cpu().clone()

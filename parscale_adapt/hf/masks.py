@@ -5,12 +5,7 @@ from typing import Any
 
 import torch
 from transformers import AttentionMaskInterface, PreTrainedConfig
-from transformers.masking_utils import (
-    ALL_MASK_ATTENTION_FUNCTIONS,
-    and_masks,
-    padding_mask_function,
-    prepare_padding_mask,
-)
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from ..core.layout import MixedLayout
 from .config_view import STREAMS
@@ -53,6 +48,9 @@ def _behind_prefix(
 ) -> dict[str, Any]:
     """The arguments of a block mask that has `n` visible keys in front and knows the padding."""
     if attention_mask is not None and not attention_mask.all():
+        # Here, so that code in checkpoints runs everything else with a transformers that renames them.
+        from transformers.masking_utils import and_masks, padding_mask_function, prepare_padding_mask
+
         padding_mask = prepare_padding_mask(attention_mask, kv_length, kv_offset)
         mask_function = and_masks(mask_function, padding_mask_function(padding_mask))
 

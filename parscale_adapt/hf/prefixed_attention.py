@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from ..core.joined_attention import attend_over_prefix_and_cache
+from ..core.joined_attention import attend_over_prefix_and_cache, can_join
 from ..core.packed_documents import lengths_of_documents, put_prefix_before_documents
 
 
-MAX_JOINED_QUERIES = 16
 _NOT_JOINED = ("position_bias", "softcap")  # the stock function adds the one and refuses the other
 
 AttentionOutput = tuple[torch.Tensor, torch.Tensor | None]
@@ -91,9 +90,10 @@ def attend_by_sdpa(inputs: AttentionInputs) -> AttentionOutput:
 
 def _can_join(inputs: AttentionInputs) -> bool:
     num_queries = inputs.query.shape[-2]
-    is_decoding = num_queries == 1 or (inputs.mask is not None and num_queries <= MAX_JOINED_QUERIES)
+    is_decoding = num_queries == 1 or inputs.mask is not None
     return (
         is_decoding
+        and can_join(num_queries, inputs.key.shape[-2])
         and not any(inputs.options.get(name) is not None for name in _NOT_JOINED)
         and not inputs.options.get("dropout")
     )

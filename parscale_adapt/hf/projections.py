@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .backbone import evaluating, find_decoder
+from .backbone import evaluating, find_decoder, input_device
 from .engines import gathered_parameters
 
 
@@ -60,7 +60,7 @@ def _observe(model: PreTrainedModel, linears: Mapping[str, nn.Module]) -> dict[s
             refused.add(name)
         shapes[name] = ProjectionShape(inputs.shape[-1], output.shape[-1])
 
-    input_ids = torch.arange(_NUM_ROWS * _NUM_TOKENS, device=model.get_input_embeddings().weight.device)
+    input_ids = torch.arange(_NUM_ROWS * _NUM_TOKENS, device=input_device(model))
     input_ids = input_ids.view(_NUM_ROWS, _NUM_TOKENS) % model.config.get_text_config().vocab_size
     with ExitStack() as stack:
         for name, module in linears.items():

@@ -1,6 +1,7 @@
 """The code that travels with a standalone checkpoint: the package's own modules, joined to one file.
 
-What belongs into it is found by following imports from `modeling.py`, so that nothing is ever written twice.
+What belongs into it is found by following imports from [`parscale_adapt.models.streamed`], so that nothing is ever
+written twice. Definitions are copied as they stand; all modules share one namespace, in which every name must be unique.
 """
 
 import ast
@@ -15,10 +16,9 @@ from pathlib import Path
 CODE_FILE = "modeling_parscale.py"
 _PACKAGE = Path(__file__).parents[1]
 _ENTRY = "models.streamed"
+_VERSIONS = "version"  # needs no import, and stands before those that another version of transformers may lack
+_GUARDED = "transformers"
 _LINE_LENGTH = 119
-# Attention functions are registered for the whole process. Named after their file, they leave checkpoints of other
-# versions, and the package itself, alone.
-_REPLACED = {"config_view": ('STREAMS = "parscale_"', 'STREAMS = f"{__name__}."')}
 
 _HEADER = '''\
 """{stock_causal_lm} in parallel streams (ParScale, arXiv 2505.10475), in one file for torch and transformers alone.
@@ -29,6 +29,23 @@ Written by parscale_adapt {version}, whose modules it joins: {modules}.
 """
 # SPDX-License-Identifier: Apache-2.0
 '''
+
+_GUARDED_IMPORTS = """\
+try:
+{imports}
+except ImportError as error:
+    raise ImportError(
+        f"The code of this checkpoint needs transformers {{TESTED_TRANSFORMERS}}, got {{transformers.__version__}}, which "
+        f"lacks what it imports ({{error}}): install a version in that range."
+    ) from error
+
+if not is_tested(transformers.__version__):
+    warnings.warn(
+        f"The code of this checkpoint was tested with transformers {{TESTED_TRANSFORMERS}}, got "
+        f"{{transformers.__version__}}: if it fails, install a version in that range.",
+        stacklevel=2,
+    )
+"""
 
 _CLASSES = '''\
 class {config}({stock_config}):
@@ -67,6 +84,38 @@ class ClassNames:
     stock_causal_lm: str
 
 
+@dataclass(frozen=True)
+class _Module:
+    """A module of the package; `name` is its dotted path in it."""
+
+    name: str
+    source: str
+
+    @property
+    def tree(self) -> ast.Module:
+        return ast.parse(self.source)
+
+    @property
+    def stem(self) -> str:
+        return self.name.rpartition(".")[2]
+
+
+@dataclass(frozen=True, order=True)
+class _Import:
+    """`import module`, or `from module import name`; both as they are written, `name` perhaps with `as`."""
+
+    module: str
+    name: str = ""
+
+    @property
+    def package(self) -> str:
+        return self.module.partition(".")[0]
+
+    @property
+    def bound_name(self) -> str:
+        return (self.name or self.package).rpartition(" as ")[2]
+
+
 def joined_code(names: ClassNames, sources: Mapping[str, str], version: str) -> str:
     """The text of `modeling_parscale.py`.
 
@@ -77,53 +126,54 @@ def joined_code(names: ClassNames, sources: Mapping[str, str], version: str) -> 
         version: of this package.
 
     Raises:
-        ValueError: two modules of the package define the same public name, or import what can't be joined.
+        ValueError: two modules of the package give one name to different things, or import what can't be joined.
     """
-    modules = {_stem(module): (source, ast.parse(source)) for module, source in _modules_in_order().items()}
-    renamed = _clashing_private_names({name: tree for name, (_, tree) in modules.items()})
-    imports: dict[str, set[str]] = {}
-    bodies = []
-    for name, (source, tree) in modules.items():
-        for module, imported in _absolute_imports(name, tree):
-            imports.setdefault(module, set()).add(imported)
-        body = _without_imports(_with_replacement(name, source), tree)
-        for private in renamed.get(name, ()):
-            body = re.sub(rf"\b{private}\b", f"_{name}{private}", body)
-        bodies.append(f"{_section(name, tree)}\n\n\n{body}")
-    for stock_name, module in sources.items():
-        imports.setdefault(module, set()).add(stock_name)
+    modules = _modules_in_order()
+    imports = {module.name: set(_outside_imports(module)) for module in modules}
+    imports["this checkpoint"] = {_Import(module, name) for name, module in sources.items()}
+    imports["this check of versions"] = {_Import("transformers"), _Import("warnings")}
+    _refuse_ambiguous_names(modules, imports)
+    needed = set().union(*imports.values())
+    guarded = {item for item in needed if item.package == _GUARDED and item.name}
     header = _HEADER.format(
         version=version,
         stock_causal_lm=names.stock_causal_lm,
-        modules=", ".join(modules),
+        modules=", ".join(module.stem for module in modules),
     )
     header = "\n".join(textwrap.fill(line, _LINE_LENGTH) for line in header.splitlines())
-    classes = _CLASSES.format(**vars(names))
-    parts = [f"{header}\n\n{_import_lines(imports)}", *bodies, f"{_rule('this checkpoint')}\n\n\n{classes}"]
+    versions, *others = (f"{_section(module)}\n\n\n{_without_imports(module)}" for module in modules)
+    parts = [
+        f"{header}\n\n{_import_lines(needed - guarded)}",
+        versions,
+        _GUARDED_IMPORTS.format(imports=textwrap.indent(_import_lines(guarded, _LINE_LENGTH - 4), "    ")),
+        *others,
+        f"{_rule('this checkpoint')}\n\n\n{_CLASSES.format(**vars(names))}",
+    ]
     return "\n\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
-def _modules_in_order() -> dict[str, str]:
-    """Source of every module that the entry needs, each after those that it imports, by its dotted path in the package.
+def _modules_in_order() -> list[_Module]:
+    """Every module that the entry needs, each after those that it imports.
 
     Raises:
         ValueError: two of them have the same last name, which is what a joined file calls them by.
     """
-    found: dict[str, str] = {}
+    found: dict[str, _Module] = {}
 
-    def add(module: str) -> None:
-        if module in found:
+    def add(name: str) -> None:
+        if name in found:
             return
-        source = _PACKAGE.joinpath(*module.split(".")).with_suffix(".py").read_text(encoding="utf-8")
-        for node in ast.parse(source).body:
+        module = _Module(name, _PACKAGE.joinpath(*name.split(".")).with_suffix(".py").read_text(encoding="utf-8"))
+        for node in module.tree.body:
             if isinstance(node, ast.ImportFrom) and node.level and node.module:
-                add(_imported_module(module, node))
-        if _stem(module) in map(_stem, found):
-            raise ValueError(f"Two modules that are joined are named {_stem(module)!r}: rename one of them.")
-        found[module] = source
+                add(_imported_module(name, node))
+        if module.stem in (other.stem for other in found.values()):
+            raise ValueError(f"Two modules that are joined are named {module.stem!r}: rename one of them.")
+        found[name] = module
 
+    add(_VERSIONS)
     add(_ENTRY)
-    return found
+    return list(found.values())
 
 
 def _imported_module(module: str, node: ast.ImportFrom) -> str:
@@ -132,43 +182,55 @@ def _imported_module(module: str, node: ast.ImportFrom) -> str:
     return ".".join([*folders, node.module or ""])
 
 
-def _stem(module: str) -> str:
-    return module.rpartition(".")[2]
+def _outside_imports(module: _Module) -> Iterator[_Import]:
+    """Imports from outside the package at the top of a module. Those inside functions stay where they are.
 
-
-def _absolute_imports(module: str, tree: ast.Module) -> Iterator[tuple[str, str]]:
-    """Module and imported name of each import from outside the package; `("", statement)` for `import ...`."""
+    Raises:
+        ValueError: it imports what can't be joined.
+    """
+    tree = module.tree
+    inside_functions = {
+        node
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for node in ast.walk(function)
+    }
     for node in ast.walk(tree):
         if not isinstance(node, ast.Import | ast.ImportFrom):
             continue
         level, source = (node.level, node.module) if isinstance(node, ast.ImportFrom) else (0, None)
-        is_renamed = any(alias.asname for alias in node.names)
-        if node not in tree.body or (level and (is_renamed or source is None)):
+        is_local = node in inside_functions
+        is_plain = source is not None and not any(alias.asname for alias in node.names)
+        if (level and (is_local or not is_plain)) or not (is_local or node in tree.body):
             raise ValueError(
-                f"{module}.py, line {node.lineno}: an import that can't be joined to one file; import plain names of a "
-                "module of the package, at the top."
+                f"{module.stem}.py, line {node.lineno}: an import that can't be joined to one file; import plain names of "
+                "a module of the package at the top, and others there or inside functions."
             )
-        if source is None:
-            yield "", ast.unparse(node)
-        elif level == 0:
-            yield from ((source, ast.unparse(alias)) for alias in node.names)
+        if level == 0 and not is_local:
+            for alias in node.names:
+                yield _Import(ast.unparse(alias)) if source is None else _Import(source, ast.unparse(alias))
 
 
-def _clashing_private_names(modules: Mapping[str, ast.Module]) -> dict[str, list[str]]:
-    """Private names that several modules define, by module."""
-    owners: dict[str, list[str]] = {}
-    for module, tree in modules.items():
-        for name in _defined_names(tree):
-            owners.setdefault(name, []).append(module)
-    clashes: dict[str, list[str]] = {}
-    for name, where in owners.items():
-        if len(where) > 1 and not name.startswith("_"):
+def _refuse_ambiguous_names(modules: list[_Module], imports: Mapping[str, set[_Import]]) -> None:
+    """Check that every name at the top of the joined file means one thing.
+
+    Raises:
+        ValueError: two modules define it, one defines what another imports, or they import it from different places.
+    """
+    meanings: dict[str, dict[object, str]] = {}
+    for module in modules:
+        for name in _defined_names(module.tree):
+            meanings.setdefault(name, {})[module.name] = module.stem
+    for place, found in imports.items():
+        for item in found:
+            meanings.setdefault(item.bound_name, {})[item if item.name else item.package] = place.rpartition(".")[2]
+    for name, places in meanings.items():
+        if len(places) > 1:
+            where = " and ".join(sorted(places.values()))
             raise ValueError(
-                f"`{name}` is defined in {' and '.join(where)}: modules that are joined need unique names."
+                f"`{name}` means different things in {where}: names must be unique among modules that are joined, so "
+                "rename one."
             )
-        for module in where if len(where) > 1 else ():
-            clashes.setdefault(module, []).append(name)
-    return clashes
 
 
 def _defined_names(tree: ast.Module) -> set[str]:
@@ -182,50 +244,44 @@ def _defined_names(tree: ast.Module) -> set[str]:
     return names
 
 
-def _without_imports(source: str, tree: ast.Module) -> str:
+def _without_imports(module: _Module) -> str:
     """The source of a module as it was written, without its docstring and imports at the top."""
-    lines = source.splitlines()
-    for index, node in enumerate(tree.body):
+    lines = module.source.splitlines()
+    for index, node in enumerate(module.tree.body):
         is_docstring = index == 0 and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         if is_docstring or isinstance(node, ast.Import | ast.ImportFrom):
             lines[node.lineno - 1 : node.end_lineno] = [""] * ((node.end_lineno or node.lineno) - node.lineno + 1)
     return re.sub(r"\n{4,}", "\n\n\n", "\n".join(lines)).strip("\n")
 
 
-def _with_replacement(name: str, source: str) -> str:
-    if name not in _REPLACED:
-        return source
-    old, new = _REPLACED[name]
-    if source.count(old) != 1:
-        raise ValueError(f"{name}.py must hold `{old}` once, for its copy in checkpoints to get a name of its own.")
-    return source.replace(old, new)
-
-
-def _section(name: str, tree: ast.Module) -> str:
+def _section(module: _Module) -> str:
     """A module's name and docstring as comments."""
-    docstring = ast.get_docstring(tree) or ""
-    return "\n".join([_rule(name), "#", *(f"# {line}".rstrip() for line in docstring.splitlines())])
+    docstring = ast.get_docstring(module.tree) or ""
+    return "\n".join([_rule(module.stem), "#", *(f"# {line}".rstrip() for line in docstring.splitlines())])
 
 
 def _rule(name: str) -> str:
     return f"# --- {name} ".ljust(_LINE_LENGTH, "-")
 
 
-def _import_statement(module: str, names: list[str]) -> str:
-    statement = f"from {module} import {', '.join(names)}"
-    if len(statement) <= _LINE_LENGTH:
-        return statement
-    return "\n".join([f"from {module} import (", *(f"    {name}," for name in names), ")"])
-
-
-def _import_lines(imports: Mapping[str, set[str]]) -> str:
-    """The imports of all modules, those of the standard library first."""
-    lines = [(statement.split()[1].partition(".")[0], statement) for statement in imports.get("", ())]
-    for module, names in imports.items():
-        if module:
-            lines.append((module.partition(".")[0], _import_statement(module, sorted(names))))
+def _import_lines(imports: set[_Import], line_length: int = _LINE_LENGTH) -> str:
+    """Import statements, those of the standard library first."""
+    names: dict[str, list[str]] = {}
+    for item in sorted(imports):
+        if item.name:
+            names.setdefault(item.module, []).append(item.name)
+    statements = [(item.package, f"import {item.module}") for item in sorted(imports) if not item.name]
+    for module in names:
+        statements.append((module.partition(".")[0], _import_statement(module, names[module], line_length)))
     blocks = [
-        sorted(text for package, text in lines if (package in sys.stdlib_module_names) is is_standard)
+        "\n".join(text for package, text in statements if (package in sys.stdlib_module_names) is is_standard)
         for is_standard in (True, False)
     ]
-    return "\n\n".join("\n".join(sorted(block, key=lambda line: not line.startswith("import"))) for block in blocks)
+    return "\n\n".join(filter(None, blocks))
+
+
+def _import_statement(module: str, names: list[str], line_length: int) -> str:
+    statement = f"from {module} import {', '.join(names)}"
+    if len(statement) <= line_length:
+        return statement
+    return "\n".join([f"from {module} import (", *(f"    {name}," for name in names), ")"])

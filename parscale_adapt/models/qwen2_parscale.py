@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Qwen2Confi
 from transformers import initialization as init
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2ForCausalLM, Qwen2Model
 
-from ..core.aggregator import DynamicAggregator
+from ..core.aggregator import DynamicAggregator, FeatureProjection
 from ..core.layout import UniformLayout
 from ..hf.decoder import attach_streams
 from ..hf.paged import init_continuous_batching
@@ -69,6 +69,9 @@ def _initialize(module: nn.Module, std: float) -> None:
     if isinstance(module, Qwen2ParScaleAttention):
         init.normal_(module.prefix_k, mean=0.0, std=std)
         init.normal_(module.prefix_v, mean=0.0, std=std)
+    elif isinstance(module, FeatureProjection):
+        init.normal_(module.weight, mean=0.0, std=std)
+        init.zeros_(module.bias)
 
 
 class Qwen2ParScaleModel(Qwen2Model):

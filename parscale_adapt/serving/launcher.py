@@ -9,7 +9,8 @@ from typing import Any
 from huggingface_hub.constants import HF_HUB_CACHE
 from transformers.utils.import_utils import is_serve_available
 
-from .exports import TOKENIZER_FILES, Kind, find_kind, has_tokenizer, register_classes
+from ..checkpoints.folders import Kind, find_kind, find_tokenizer
+from .exports import register_classes
 
 
 # A name such as localhost has an address of a family that this machine may lack; the server does without it.
@@ -56,12 +57,9 @@ def _find_export(source: str) -> Kind:
             f"{source} holds an adapter, which can't be served by itself: export it first, with `parscale export "
             f"{source} --output DIR`."
         )
-    if kind.name == "backbone":
+    if kind.name == "plain":
         raise ValueError(f"{source} has no streams, so it needs no launcher: use `transformers serve {source}`.")
-    if not has_tokenizer(kind.folder):
-        raise ValueError(
-            f"There is no tokenizer in {source}: copy {' and '.join(TOKENIZER_FILES)} of the backbone there."
-        )
+    find_tokenizer([kind.folder])
     return kind
 
 

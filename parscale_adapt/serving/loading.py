@@ -8,9 +8,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..checkpoints.folders import Kind, find_kind, find_tokenizer
 from ..checkpoints.sources import Source, find_source, load_source
+from ..checkpoints.whole import check_backbone_folder, check_model_files
 from .conversation import Voice
-from .exports import TOKENIZER_FILES, Kind, find_kind, has_tokenizer, register_classes
+from .exports import register_classes
 
 
 PLAIN = "backbone"
@@ -38,6 +40,8 @@ def find_speaker(path: str, backbone: str | None = None, adapters: Sequence[str]
         ValueError: something is missing or damaged, there is no tokenizer, or they don't go together.
     """
     kind = find_kind(path)
+    if kind.name != "adapter":
+        check_backbone_folder(kind.folder)
     if kind.owns_streams and adapters:
         raise ValueError(f"{path} has streams of its own, adapters go on a plain backbone: leave --adapter out.")
     if kind.name != "adapter" and backbone is not None:
@@ -62,7 +66,9 @@ def find_speaker(path: str, backbone: str | None = None, adapters: Sequence[str]
         )
     # That of an adapter first, since training may have given it a chat template.
     folders = [folder for source in found.values() for folder in source.tokenizer_folders] or [kind.folder]
-    return Speaker(kind, found, _find_tokenizer(folders))
+    tokenizer_folder = find_tokenizer(folders)
+    check_model_files(tokenizer_folder)
+    return Speaker(kind, found, tokenizer_folder)
 
 
 def load_speaker(speaker: Speaker) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase, list[Voice]]:
@@ -93,11 +99,3 @@ def _load_adapters(adapters: Mapping[str, Source]) -> tuple[PeftModel, list[Voic
         voices.append(Voice(name, source.config.num_streams, peft_name))
     assert model is not None
     return model, [*voices, Voice(PLAIN, 1)]
-
-
-def _find_tokenizer(folders: Sequence[Path]) -> Path:
-    for folder in folders:
-        if has_tokenizer(folder):
-            return folder
-    places = " or ".join(map(str, folders))
-    raise ValueError(f"There is no tokenizer in {places}: copy {' and '.join(TOKENIZER_FILES)} of the backbone there.")

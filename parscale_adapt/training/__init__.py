@@ -1,29 +1,32 @@
-"""What the recipes share: arguments, checks, the trainer's additions, saves that prove themselves, reports."""
+"""What the recipes share: arguments, checks, the trainer's additions, saves that prove themselves, reports.
 
-from .arguments import BackboneArguments, DataArguments
-from .checks import check_run, prepare_packed_training, prepare_training
-from .instructions import InstructionArguments, load_instructions, prepare_instruction_training
-from .launch import backbone_path, open_run_folder, run_identity, run_recipe, trainable_model
-from .report import finish_run
-from .stream_statistics import StreamStatisticsCallback
-from .trainer import StreamTrainer
+Names are imported on first use, so that a part that needs little, such as the callback, does not load the others.
+"""
+
+from ..deferred import lazy_names
 
 
-__all__ = [
-    "BackboneArguments",
-    "DataArguments",
-    "InstructionArguments",
-    "StreamStatisticsCallback",
-    "StreamTrainer",
-    "backbone_path",
-    "check_run",
-    "finish_run",
-    "load_instructions",
-    "open_run_folder",
-    "prepare_instruction_training",
-    "prepare_packed_training",
-    "prepare_training",
-    "run_identity",
-    "run_recipe",
-    "trainable_model",
-]
+_MODULES = {
+    "BackboneArguments": "arguments",
+    "DataArguments": "arguments",
+    "InstructionArguments": "instructions",
+    "RecipeParser": "parsing",
+    "StreamStatisticsCallback": "stream_statistics",
+    "StreamTrainer": "trainer",
+    "backbone_path": "launch",
+    "check_run": "checks",
+    "finish_run": "report",
+    "load_backbone_tokenizer": "tokenizer",
+    "load_instructions": "instructions",
+    "open_run_folder": "launch",
+    "prepare_instruction_training": "instructions",
+    "prepare_packed_training": "checks",
+    "prepare_training": "checks",
+    "run_identity": "identity",
+    "run_recipe": "launch",
+    "train": "launch",
+    "trainable_model": "launch",
+}
+
+__all__ = [*_MODULES]
+__getattr__, __dir__ = lazy_names(__name__, _MODULES)

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import BitsAndBytesConfig
 
-from ..data import TextSource, find_local_files
+from ..data import TextSource, default_heldout_split
 
 
 @dataclass
@@ -29,9 +29,18 @@ class BackboneArguments:
     adapter_name_or_path: str | None = field(
         default=None, metadata={"help": "Go on training the streams of this adapter instead of new ones."}
     )
+    verify_backbone: bool = field(
+        default=True,
+        metadata={
+            "help": "False puts the adapter of --adapter_name_or_path on a backbone with another fingerprint than the "
+            "one that it was trained on, with a warning."
+        },
+    )
     embedded_dir: str = field(
         default="runs/embedded", metadata={"help": "Where the embedded backbone is kept, under its content hash."}
     )
+    # Of all arguments of the recipe; noted by `RecipeParser`, since a value does not tell whether it is a default.
+    explicit_settings: frozenset[str] = field(default=frozenset(), init=False)
 
     def model_init_kwargs(self) -> dict[str, Any]:
         """Keyword arguments of `from_pretrained` for [`trl.SFTConfig.model_init_kwargs`]."""
@@ -60,26 +69,28 @@ class DataArguments:
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Hub dataset, or local .jsonl, .json, .parquet or .txt file, glob or folder. Without one, the "
-            "Python standard library's source files."
+            "help": "Hub dataset, or local file, glob or folder (see docs/data.md). Without one, the Python standard "
+            "library's source files."
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
     dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_encoding: str = field(default="utf-8", metadata={"help": "Encoding of local text files."})
     text_field: str = field(default="text", metadata={"help": "Column that holds the text."})
     streaming: bool = field(default=False, metadata={"help": "Read lazily; needs --max_steps."})
     datasets: list[dict] = field(
         default_factory=list,
         metadata={
-            "help": "A mixture: list of sources with `path` and optionally `name`, `split`, `text_field`, `streaming` "
-            "and `weight`, a share of the trained tokens."
+            "help": "A mixture: list of sources with `path` and optionally `name`, `split`, `text_field`, `encoding`, "
+            "`streaming` and `weight`, a share of the trained tokens."
         },
     )
     heldout_dataset: str | None = field(
         default=None, metadata={"help": "Hub dataset or local file to measure the held-out loss on."}
     )
+    heldout_config: str | None = field(default=None, metadata={"help": "Configuration of a hub held-out dataset."})
     heldout_split: str | None = field(
-        default=None, metadata={"help": "Split of the held-out dataset; 'test' on the hub, all of a local file."}
+        default=None, metadata={"help": "Its split; 'test' by default, all of files without splits in their names."}
     )
     max_heldout_rows: int = field(default=256, metadata={"help": "Rows of --max_length tokens to measure it on."})
     shuffle_buffer_size: int = field(
@@ -98,7 +109,12 @@ class DataArguments:
             return []
         return [
             TextSource(
-                self.dataset_name, self.dataset_config, self.dataset_split, self.text_field, streaming=self.streaming
+                self.dataset_name,
+                self.dataset_config,
+                self.dataset_split,
+                self.streaming,
+                self.dataset_encoding,
+                self.text_field,
             )
         ]
 
@@ -106,6 +122,11 @@ class DataArguments:
         """The text to measure the held-out loss on; None where none is named."""
         if self.heldout_dataset is None:
             return None
-        is_local = find_local_files(self.heldout_dataset) is not None
-        split = self.heldout_split or ("train" if is_local else "test")
-        return TextSource(self.heldout_dataset, split=split, text_field=self.text_field)
+        split = self.heldout_split or default_heldout_split(self.heldout_dataset, self.heldout_config)
+        return TextSource(
+            self.heldout_dataset,
+            self.heldout_config,
+            split,
+            encoding=self.dataset_encoding,
+            text_field=self.text_field,
+        )

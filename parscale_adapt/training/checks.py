@@ -9,6 +9,7 @@ from trl import SFTConfig
 from ..hf.prefixed_attention import SUPPORTED_IMPLEMENTATIONS
 from ..tuner.config import ParScaleArguments
 from .arguments import BackboneArguments
+from .unused_options import CPT, refuse_unused_options
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,9 @@ def prepare_packed_training(training: SFTConfig, backbone: BackboneArguments) ->
     """Set what training on our own packed rows needs in TRL's arguments.
 
     Raises:
-        ValueError: TRL's own packing or padding-free batches were asked for, which would have no effect.
+        ValueError: an option was given that would have no effect.
     """
-    if training.packing or training.padding_free:
-        raise ValueError(
-            "`packing` and `padding_free` have no effect here: rows are packed already, each document apart."
-        )
+    refuse_unused_options(training, CPT)
     training.dataset_kwargs = {"skip_prepare_dataset": True}
     training.include_num_input_tokens_seen = "all"  # rows are full, and come without the mask that padding is read off
     training.train_sampling_strategy = "sequential"  # the rows come shuffled and mixed
@@ -106,6 +104,11 @@ def check_run(streams: ParScaleArguments, backbone: BackboneArguments, training:
     if training.world_size != num_launched:
         raise ValueError(
             f"{num_launched} processes were launched, but each would train alone: on CPUs, pass `--use_cpu true`."
+        )
+    if not backbone.verify_backbone and backbone.adapter_name_or_path is None:
+        raise ValueError(
+            "`verify_backbone=False` lets an adapter run on another backbone, but no adapter is named: give "
+            "--adapter_name_or_path, or leave it out."
         )
     properties = run_properties(streams, backbone, training)
     for combination in FORBIDDEN_COMBINATIONS:

@@ -29,6 +29,8 @@ from transformers import (
 )
 
 from ..data import (
+    LoadedSource,
+    MixtureSettings,
     PackedCollator,
     build_train_dataset,
     corpus_fingerprint,
@@ -37,7 +39,6 @@ from ..data import (
     train_tokenizer,
 )
 from ..data.packing import IGNORED_LABEL
-from ..data.rows import LoadedSource
 from .saving import replacing_folder
 
 
@@ -151,7 +152,8 @@ def token_loss(model: PreTrainedModel, rows: Dataset, tokenizer: PreTrainedToken
 def _rows(corpus: Dataset, tokenizer: PreTrainedTokenizerBase, settings: EmbeddedBackbone) -> Dataset:
     num_rows = settings.num_steps * settings.batch_size
     source = LoadedSource("standard library", corpus)
-    return build_train_dataset([source], tokenizer, settings.max_length, settings.seed, max_rows=num_rows)[0]
+    mixture = MixtureSettings(settings.max_length, settings.seed, max_rows=num_rows)
+    return build_train_dataset([source], tokenizer, mixture)[0]
 
 
 def _model_config(settings: EmbeddedBackbone, tokenizer: PreTrainedTokenizerBase) -> Qwen2Config:

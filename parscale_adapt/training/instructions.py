@@ -1,25 +1,30 @@
 """Question and answer data for the SFT recipe: from the hub, from local files, or the embedded docstrings."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
-from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetsError
+from accelerate import PartialState
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from ..data import find_local_files, stdlib_docstring_pairs
+from ..data import (
+    TRAIN_ON,
+    DataSource,
+    InstructionSettings,
+    TokenReport,
+    default_heldout_split,
+    load_rows,
+    prepare_instructions,
+    set_chat_template,
+    stdlib_docstring_pairs,
+)
 from .arguments import BackboneArguments
 from .checks import prepare_training
+from .unused_options import SFT, refuse_unused_options
 
 
-# ChatML, but with the tokenizer's own end token, at which generation stops.
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}{{ eos_token }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_EMBEDDED = "standard library"
 
 
 @dataclass
@@ -29,113 +34,125 @@ class InstructionArguments:
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Hub dataset, or local .jsonl, .json or .parquet file. Without one, questions and answers made "
-            "from the Python standard library's docstrings."
+            "help": "Hub dataset, or local file, glob or folder (see docs/data.md). Without one, questions and answers "
+            "made from the Python standard library's docstrings."
         },
     )
-    dataset_split: str = field(default="train", metadata={"help": "Split of a hub dataset to train on."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
+    dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_encoding: str = field(default="utf-8", metadata={"help": "Encoding of local text files."})
     heldout_dataset: str | None = field(default=None, metadata={"help": "Data to measure the held-out loss on."})
-    heldout_split: str = field(default="test", metadata={"help": "Split of a hub held-out dataset."})
+    heldout_config: str | None = field(default=None, metadata={"help": "Configuration of a hub held-out dataset."})
+    heldout_split: str | None = field(
+        default=None, metadata={"help": "Its split; 'test' by default, all of files without splits in their names."}
+    )
     max_heldout_rows: int = field(default=256, metadata={"help": "Rows to measure it on."})
     prompt_field: str = field(default="prompt", metadata={"help": "Column with the question."})
     completion_field: str = field(default="completion", metadata={"help": "Column with the answer."})
+    train_on: str = field(
+        default="last_answer",
+        metadata={
+            "help": "What is trained: last_answer of each row, all_answers, or all_text, questions included.",
+            "choices": list(TRAIN_ON),
+        },
+    )
     chat_template: str | None = field(
         default=None,
         metadata={"help": "File with a Jinja chat template; else the tokenizer's own, else ChatML."},
     )
 
-    def sources(self) -> list:
-        """Named sources, for the run's identity; empty for the embedded data."""
-        return [_Named(self.dataset_name)] if self.dataset_name else []
+    def sources(self) -> list[DataSource]:
+        """What to train on; empty for the embedded data."""
+        if self.dataset_name is None:
+            return []
+        return [DataSource(self.dataset_name, self.dataset_config, self.dataset_split, encoding=self.dataset_encoding)]
 
-
-@dataclass(frozen=True)
-class _Named:
-    path: str
+    def heldout_source(self) -> DataSource | None:
+        """What to measure the held-out loss on; None where nothing is named."""
+        if self.heldout_dataset is None:
+            return None
+        split = self.heldout_split or default_heldout_split(self.heldout_dataset, self.heldout_config)
+        return DataSource(self.heldout_dataset, self.heldout_config, split, encoding=self.dataset_encoding)
 
 
 def prepare_instruction_training(training: SFTConfig, backbone: BackboneArguments) -> None:
-    """Set what the SFT recipe needs in TRL's arguments: the loss is on the answer only."""
-    training.completion_only_loss = True
+    """Set what the SFT recipe needs in TRL's arguments.
+
+    Raises:
+        ValueError: an option was given that would have no effect.
+    """
+    refuse_unused_options(training, SFT)
+    if {"chat_template", "chat_template_path"} <= backbone.explicit_settings:
+        raise ValueError("`chat_template` and `chat_template_path` both name a chat template: give one of them.")
+    training.dataset_kwargs = {"skip_prepare_dataset": not training.packing}  # rows come as token ids and labels
     training.include_num_input_tokens_seen = "non_padding"
     prepare_training(training, backbone)
 
 
 def load_instructions(
-    data: InstructionArguments, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Dataset, Dataset | None]:
-    """Training and held-out rows with `prompt` and `completion` as lists of messages, and a tokenizer that has a
-    chat template.
+    data: InstructionArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    training: SFTConfig,
+    end_token_ids: Collection[int] = (),
+) -> tuple[Dataset, Dataset | None, TokenReport]:
+    """Training and held-out rows as token ids and labels, and what was read, trained, cut and dropped.
+
+    The tokenizer gets a chat template.
+
+    Args:
+        data: where the rows are, and what is trained of them.
+        tokenizer: of the backbone.
+        training: TRL's arguments.
+        end_token_ids: tokens that end an answer, besides the tokenizer's end token.
 
     Raises:
-        ValueError: the data has neither `messages` nor the named columns, or is empty.
+        ValueError: a row can't be trained; it is named, with what was found.
     """
-    if data.chat_template is not None:
-        tokenizer.chat_template = Path(data.chat_template).read_text()
-    elif tokenizer.chat_template is None:
-        tokenizer.chat_template = CHATML
-    if data.dataset_name is None:
-        pairs = stdlib_docstring_pairs()
-        train, heldout = pairs["train"], pairs["heldout"]
-    else:
-        train = _load(data.dataset_name, data.dataset_split)
-        heldout = _load(data.heldout_dataset, data.heldout_split) if data.heldout_dataset else None
-    train = _as_conversations(train, data)
-    if heldout is not None:
-        heldout = _as_conversations(heldout.select(range(min(len(heldout), data.max_heldout_rows))), data)
-    return train, heldout
+    _check_options(data, training)
+    set_chat_template(tokenizer, data.chat_template)
+    settings = InstructionSettings(
+        training.max_length,
+        data.train_on,
+        data.prompt_field,
+        data.completion_field,
+        keeps_end=training.truncation_mode == "keep_end",
+        end_token_ids=frozenset({tokenizer.eos_token_id, *end_token_ids}),
+    )
+    with PartialState().local_main_process_first():  # the others find its rows in the cache
+        train, train_name, heldout, heldout_name = _open(data)
+        rows, report = prepare_instructions(train, tokenizer, settings, train_name, training.dataset_num_proc)
+        if training.shuffle_dataset:
+            rows = rows.shuffle(seed=training.seed)
+        if heldout is None:
+            return rows, None, report
+        heldout = heldout.select(range(min(len(heldout), data.max_heldout_rows)))
+        return rows, prepare_instructions(heldout, tokenizer, settings, f"held out: {heldout_name}")[0], report
 
 
-def _load(name: str, split: str) -> Dataset:
-    files = find_local_files(name)
-    builder = name
-    options: dict[str, Any] = {"split": split}
-    if files is not None:
-        suffix = Path(files[0]).suffix
-        if suffix not in _BUILDERS:
-            raise ValueError(f"{files[0]}: instruction data is read from {', '.join(_BUILDERS)} files.")
-        if all(Path(file).stat().st_size == 0 for file in files):
-            raise ValueError(f"{name} is empty; instruction tuning needs at least one row.")
-        builder, options = _BUILDERS[suffix], {"split": "train", "data_files": files}
-    try:
-        dataset = load_dataset(builder, **options)
-    except DatasetsError as error:
-        raise ValueError(f"{name} can't be read: {error.__cause__ or error}") from error
-    if len(dataset) == 0:
-        raise ValueError(f"{name} has no rows in split {split!r}; instruction tuning needs at least one.")
-    return dataset
-
-
-def _as_conversations(dataset: Dataset, data: InstructionArguments) -> Dataset:
-    columns = dataset.column_names
-    if "messages" in columns:
-        return dataset.map(_split_last_answer, remove_columns=columns, desc="Splitting off the answers")
-    missing = [name for name in (data.prompt_field, data.completion_field) if name not in columns]
-    if missing:
+def _check_options(data: InstructionArguments, training: SFTConfig) -> None:
+    if data.max_heldout_rows < 1:
         raise ValueError(
-            f"The data needs a column `messages`, or `{data.prompt_field}` and `{data.completion_field}`; it has "
-            f"{', '.join(columns)}. Name others with --prompt_field and --completion_field."
+            f"`max_heldout_rows` must be at least 1, got {data.max_heldout_rows}: without --heldout_dataset nothing is held out."
         )
-
-    def convert(row: dict) -> dict:
-        prompt, completion = row[data.prompt_field], row[data.completion_field]
-        if isinstance(prompt, list) and isinstance(completion, list):
-            return {"prompt": prompt, "completion": completion}
-        if not isinstance(prompt, str) or not isinstance(completion, str):
-            raise ValueError(
-                f"Each row needs text, or lists of messages, in `{data.prompt_field}` and `{data.completion_field}`; "
-                f"found {prompt!r} and {completion!r}."
-            )
-        return {
-            "prompt": [{"role": "user", "content": prompt}],
-            "completion": [{"role": "assistant", "content": completion}],
-        }
-
-    return dataset.map(convert, remove_columns=columns, desc="Making conversations")
+    if data.dataset_name is None:
+        data_options = ("dataset_config", "heldout_dataset", "heldout_config", "heldout_split")
+        given = [name for name in data_options if getattr(data, name) is not None]
+        if given:
+            raise ValueError(f"`{given[0]}` has no effect on the embedded data: name data with --dataset_name.")
+    if data.heldout_dataset is None and (data.heldout_config or data.heldout_split):
+        raise ValueError("`heldout_config` and `heldout_split` have no effect without --heldout_dataset: name it.")
 
 
-def _split_last_answer(row: dict) -> dict:
-    messages = row["messages"]
-    if not messages or messages[-1]["role"] != "assistant":
-        raise ValueError(f"Each row of `messages` must end with an answer of the assistant, found {messages[-1:]}.")
-    return {"prompt": messages[:-1], "completion": messages[-1:]}
+def _open(data: InstructionArguments) -> tuple[Dataset, str, Dataset | None, str]:
+    """Training and held-out rows with their names."""
+    if not data.sources():
+        pairs = stdlib_docstring_pairs()
+        return pairs["train"], _EMBEDDED, pairs["heldout"], _EMBEDDED
+    (source,) = data.sources()
+    heldout = data.heldout_source()
+    return (
+        load_rows(source),
+        source.label,
+        None if heldout is None else load_rows(heldout),
+        "" if heldout is None else heldout.label,
+    )

@@ -1,89 +1,63 @@
-"""How a recipe starts: errors as one sentence, what identifies a run, and which model it trains."""
+"""How a recipe starts: the net around it, the folder that it claims, and which model it trains."""
 
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from accelerate.utils import broadcast_object_list
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
-from trl import SFTConfig, TrlParser
+from trl import SFTConfig
 
+from ..checkpoints.folders import find_adapter
 from ..tuner.config import ParScaleArguments, ParScaleConfig
 from ..tuner.state import backbone_shapes
 from .arguments import BackboneArguments
 from .embedded import embedded_backbone
+from .failures import command_to_resume, ending_in_one_sentence
+from .parsing import RecipeParser
 from .run_folder import RunFolder
+from .trainer import StreamTrainer
 
 
-_TRAINING_IDENTITY = (
-    "seed",
-    "max_length",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "learning_rate",
-    "lr_scheduler_type",
-    "weight_decay",
-    "optim",
-    "bf16",
-    "fp16",
-)
-
-
-def run_recipe(main: Callable[..., None], parser: TrlParser, arguments: Sequence[str]) -> None:
-    """Parse the arguments and run `main`; a wrong input ends with one sentence on stderr and exit code 1."""
-    parser.error = _refuse
-    parser.allow_abbrev = False
-    try:
-        parsed = parser.parse_args_and_config(arguments)
-        main(*parsed)
-    except (ValueError, TypeError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(1)
-
-
-def _refuse(message: str) -> NoReturn:
-    """Instead of argparse's page of usage."""
-    raise ValueError(message)
-
-
-def run_identity(
-    recipe: str, streams: ParScaleArguments, backbone: BackboneArguments, data: Any, training: SFTConfig
-) -> dict[str, Any]:
-    """The settings that decide a run's numbers, for [`parscale_adapt.training.RunFolder`]."""
-    sources = [source.path for source in data.sources()] or ["standard library"]
-    return {
-        "recipe": recipe,
-        "streams": dataclasses.asdict(streams),
-        "backbone": backbone.model_name_or_path or "embedded",
-        "adapter": backbone.adapter_name_or_path,
-        "dtype": backbone.dtype,
-        "load_in_4bit": backbone.load_in_4bit,
-        "data": sources,
-        "data_settings": dataclasses.asdict(data),
-        "world_size": training.world_size,
-        **{name: getattr(training, name) for name in _TRAINING_IDENTITY},
-    }
+def run_recipe(main: Callable[..., None], parser: RecipeParser, arguments: Sequence[str]) -> None:
+    """Parse the arguments and run `main`; what goes wrong ends with one sentence on stderr and exit code 1."""
+    with ending_in_one_sentence(command_to_resume(sys.argv[0], arguments)):
+        main(*parser.parse_args_and_config(arguments))
 
 
 def open_run_folder(training: SFTConfig, identity: dict[str, Any]) -> str | None:
     """Claim the output folder on the main process, and tell every rank the checkpoint to go on from.
 
     Raises:
-        ValueError: on every rank, as [`RunFolder.open`].
+        ValueError: on every rank, as [`RunFolder.open`], or since the folder can't be written.
     """
     answer: list[str | None] = [None, None]
     if training.process_index == 0:
         try:
             answer[0] = RunFolder(training.output_dir, identity).open(training.resume_from_checkpoint)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             answer[1] = str(error)
     checkpoint, refusal = broadcast_object_list(answer)
     if refusal is not None:
         raise ValueError(refusal)
     return checkpoint
+
+
+def train(trainer: StreamTrainer, checkpoint: str | None) -> None:
+    """Train, from a checkpoint if one is named.
+
+    Raises:
+        TrainingStopped: an error after the first step; earlier ones come as they are.
+    """
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except Exception as error:
+        if not trainer.has_begun:
+            raise
+        raise trainer.stopped_by(error) from error
 
 
 def backbone_path(backbone: BackboneArguments) -> str:
@@ -112,19 +86,18 @@ def trainable_model(
     adapter = backbone.adapter_name_or_path
     if adapter is None:
         return path, ParScaleConfig(task_type="CAUSAL_LM", **dataclasses.asdict(streams))
-    config = PeftConfig.from_pretrained(adapter)
-    if not isinstance(config, ParScaleConfig):
-        method = getattr(config.peft_type, "value", config.peft_type)
-        raise ValueError(f"{adapter} holds a {method} adapter, not a ParScale one.")
+    config = ParScaleConfig.from_pretrained(str(find_adapter(adapter).folder))
     if config.train_backbone and backbone.load_in_4bit:
         raise ValueError(
             f"{adapter} carries a trained backbone, which 4-bit weights can't hold: leave --load_in_4bit out."
         )
-    _take_streams_from(config, streams, adapter)
+    _take_streams_from(config, streams, backbone)
+    config.verify_backbone = backbone.verify_backbone
     model = AutoModelForCausalLM.from_pretrained(
         path, **backbone.model_init_kwargs(), quantization_config=backbone.quantization_config()
     )
     model = PeftModel.from_pretrained(model, adapter, config=config, is_trainable=True)
+    config = model.peft_config["default"]  # the model's own copy
     config.train_backbone = config.train_backbone or streams.train_backbone  # a trained backbone stays in every save
     trained = backbone_shapes(model)
     for name, parameter in model.named_parameters():
@@ -133,14 +106,20 @@ def trainable_model(
     return model, None
 
 
-def _take_streams_from(config: ParScaleConfig, streams: ParScaleArguments, adapter: str) -> None:
-    """Let `streams` say what the adapter is; complain about settings that were given and differ."""
+def _take_streams_from(config: ParScaleConfig, streams: ParScaleArguments, backbone: BackboneArguments) -> None:
+    """Let `streams` say what the adapter is.
+
+    Raises:
+        ValueError: a setting was given, and the adapter has another.
+    """
     for field in dataclasses.fields(ParScaleArguments):
-        if field.name in ("train_backbone", "init_weights", "init_std"):
+        if field.name == "train_backbone":  # a choice of this run
             continue
-        given, stored = getattr(streams, field.name), getattr(config, field.name)
-        if given not in (field.default, stored):
+        here, stored = getattr(streams, field.name), getattr(config, field.name)
+        is_given = field.name in backbone.explicit_settings or here != field.default
+        if is_given and here != stored:
             raise ValueError(
-                f"`{field.name}` is {given!r} but the adapter {adapter} was trained with {stored!r}; leave it out."
+                f"`{field.name}` is {here!r}, but the adapter {backbone.adapter_name_or_path} was trained with "
+                f"{stored!r}: leave it out, or give {stored!r}."
             )
         setattr(streams, field.name, stored)

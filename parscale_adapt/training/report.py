@@ -1,4 +1,4 @@
-"""What a run leaves behind: the verified adapter, `metrics.json`, a loss curve and a model card."""
+"""What a run says of itself once its model is saved: `metrics.json`, a loss curve and a model card."""
 
 import json
 import math
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
-import matplotlib
 import peft
 import torch
 import transformers
@@ -16,21 +15,19 @@ import trl
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..data import TokenReport
+from ..files import write_atomically, write_text
 from ..tuner.config import ParScaleArguments
 from ..tuner.state import backbone_shapes, expected_adapter_shapes, full_shape
-from .run_folder import METRICS_FILE, write_atomically
-from .saving import record_verified, replacing_folder, verify_save, whole_state
+from .failures import describe
+from .run_folder import METRICS_FILE
+from .saving import save_final_model
 from .trainer import StreamTrainer
-
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
 
 
 def finish_run(
     trainer: StreamTrainer, streams: ParScaleArguments, run: dict[str, Any], report: TokenReport | None = None
 ) -> dict[str, Any]:
-    """Measure, save and describe a finished run; every rank must call it.
+    """Save what was trained; then measure and describe it. Every rank must call it.
 
     Args:
         trainer: after `train()`.
@@ -40,23 +37,36 @@ def finish_run(
 
     Returns:
         The content of `metrics.json`.
+
+    Raises:
+        TrainingStopped: the model could not be saved.
+        ValueError: it was saved, but not all that follows could be done.
     """
-    heldout_loss = trainer.heldout_loss() if trainer.eval_dataset is not None else None
     folder = Path(trainer.args.output_dir)
     model = trainer.accelerator.unwrap_model(trainer.model)
-    state_dict = whole_state(model, trainer.adapter_name, keep=trainer.args.should_save)
-    with replacing_folder(folder, trainer.args.should_save) as staging:
-        if trainer.args.should_save:
-            model.save_pretrained(staging, state_dict=state_dict)
-            trainer.processing_class.save_pretrained(staging)
-        num_tensors = verify_save(model, staging, trainer.adapter_name, trainer.args.should_save)
+    try:
+        save_final_model(model, trainer.processing_class, folder, trainer.adapter_name, trainer.args.should_save)
+    except Exception as error:
+        raise trainer.stopped_by(error) from error
+    try:
+        heldout_loss = trainer.heldout_loss() if trainer.eval_dataset is not None else None
         metrics = _metrics(trainer, streams, run, report, heldout_loss)
         if trainer.args.should_save:
-            record_verified(staging, num_tensors)
-            write_atomically(staging / METRICS_FILE, json.dumps(metrics, indent=2))
-            plot_loss(metrics["log_history"], staging / "loss_curve.png")
-            write_card(metrics, folder.name, staging / "README.md")
+            _describe_run(metrics, folder)
+    except Exception as error:
+        raise ValueError(
+            f"the trained model lies in {folder}, saved and verified, but it could not be measured and described: "
+            f"{describe(error)}"
+        ) from error
     return metrics
+
+
+def _describe_run(metrics: dict[str, Any], folder: Path) -> None:
+    from .plots import plot_loss  # matplotlib is needed here alone
+
+    write_text(folder / METRICS_FILE, json.dumps(metrics, indent=2, default=str))
+    write_atomically(folder / "loss_curve.png", lambda path: plot_loss(metrics["log_history"], path))
+    write_card(metrics, folder.name, folder / "README.md")
 
 
 def _metrics(
@@ -99,31 +109,6 @@ def environment() -> dict[str, str]:
     }
 
 
-def plot_loss(log_history: list[dict[str, Any]], path: Path) -> None:
-    """Training loss, and the streams' mean weights where there are several, against tokens."""
-    points = [entry for entry in log_history if "loss" in entry]
-    tokens = [entry["num_tokens"] / 1e6 for entry in points]
-    weights = sorted({key for entry in points for key in entry if key.startswith("stream_weight/")})
-    figure, axes = pyplot.subplots(
-        2 if weights else 1, 1, figsize=(7, 6 if weights else 3.5), sharex=True, squeeze=False, layout="constrained"
-    )
-    axes[0, 0].plot(tokens, [entry["loss"] for entry in points], color="#0072B2")
-    axes[0, 0].set_ylabel("training loss (nats per token)")
-    axes[-1, 0].set_prop_cycle(color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"])
-    for key in weights:
-        number = key.rpartition("/")[2]
-        axes[1, 0].plot(tokens, [entry.get(key) for entry in points], label=f"stream {number}")
-    if weights:
-        axes[1, 0].set_ylabel("mean aggregator weight")
-        axes[1, 0].set_ylim(0, 1)
-        axes[1, 0].legend(ncols=4, frameon=False, fontsize="small")
-    axes[-1, 0].set_xlabel("tokens seen (millions)")
-    for axis in axes[:, 0]:
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
 def write_card(metrics: dict[str, Any], name: str, path: Path) -> None:
     """A model card with the hub's metadata."""
     streams, run = metrics["streams"], metrics["run"]
@@ -144,7 +129,7 @@ def write_card(metrics: dict[str, Any], name: str, path: Path) -> None:
         ("held-out loss", heldout),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    settings = json.dumps(run, indent=2, default=str)
+    settings = json.dumps({name: value for name, value in run.items() if value is not None}, indent=2, default=str)
     versions = ", ".join(f"{name} {version}" for name, version in metrics["environment"].items())
     text = f"""---
 {data.to_yaml()}
@@ -176,4 +161,4 @@ Run settings:
 
 Made on {versions}.
 """
-    ModelCard(text).save(path)
+    write_atomically(path, ModelCard(text).save)

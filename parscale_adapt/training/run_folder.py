@@ -1,15 +1,36 @@
 """An output folder belongs to one run: nothing of another run is overwritten, and resuming goes on with the same."""
 
 import json
-import os
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from ..files import write_text
 
 
 RUN_FILE = "run.json"
 SAVE_RECORD = "verified_save.json"
 METRICS_FILE = "metrics.json"
+_SECTIONS = ("streams", "data_settings")  # settings of their own; all other mappings are values
+
+
+def verified_checkpoints(folder: str | Path) -> list[Path]:
+    """The checkpoints in an output folder whose saves were read back and compared, by step."""
+    checkpoints = sorted(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1]))
+    return [path for path in checkpoints if (path / SAVE_RECORD).is_file()]
+
+
+def last_verified_checkpoint(folder: str | Path) -> Path:
+    """The checkpoint to go on from.
+
+    Raises:
+        ValueError: the folder holds none.
+    """
+    complete = verified_checkpoints(folder)
+    if not complete:
+        raise ValueError(f"{folder} holds no complete checkpoint to resume from; start without resuming.")
+    return complete[-1]
 
 
 class RunFolder:
@@ -42,53 +63,60 @@ class RunFolder:
             raise ValueError(f"{self.path} is not empty and holds no run of a recipe; choose another `output_dir`.")
         checkpoint = self._checkpoint(resume_from_checkpoint)
         self.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(run_file, json.dumps(self.identity, indent=2, sort_keys=True))
+        write_text(run_file, json.dumps(self.identity, indent=2, sort_keys=True))
         return checkpoint
 
     def _holds_training(self) -> bool:
-        return (self.path / METRICS_FILE).is_file() or any(self.path.glob("checkpoint-*"))
+        return self._final_save() is not None or any(self.path.glob("checkpoint-*"))
+
+    def _final_save(self) -> str | None:
+        """What says that the trained model lies in the folder; it is saved before it is measured."""
+        return next((name for name in (METRICS_FILE, SAVE_RECORD) if (self.path / name).is_file()), None)
 
     def _check_same_run(self, stored: dict[str, Any]) -> None:
-        there, here = dict(_flat(stored)), dict(_flat(self.identity))
-        for key in sorted(there.keys() | here.keys()):
-            if there.get(key) != here.get(key):
+        """Compare the settings that both know; versions of this package and of TRL know different ones.
+
+        Raises:
+            ValueError: one differs.
+        """
+        there, here = dict(_by_name(stored)), dict(_by_name(self.identity))
+        for name in sorted(there.keys() & here.keys()):
+            if there[name] != here[name]:
                 raise ValueError(
-                    f"{self.path} holds a different run: `{key}` is {there.get(key)!r} there and {here.get(key)!r} "
-                    "here. Choose another `output_dir`, or the same settings to resume."
+                    f"{self.path} holds a different run: `{name}` is {there[name]!r} there and {here[name]!r} here. "
+                    "Choose another `output_dir`, or the same settings to resume."
                 )
+        unknown = sorted(there.keys() ^ here.keys())
+        if unknown:
+            more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+            print(
+                f"{self.path} was started by another version, which knew other settings, so these can't be compared: "
+                f"{', '.join(unknown[:5])}{more}. Make sure that they are as they were.",
+                file=sys.stderr,
+            )
 
     def _checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
-        checkpoints = sorted(self.path.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[-1]))
-        complete = [folder for folder in checkpoints if (folder / SAVE_RECORD).is_file()]
         wanted = str(resume_from_checkpoint or "false")
         if wanted.lower() == "false":
-            found = complete[-1].name if complete else METRICS_FILE
-            if (self.path / found).exists():
+            complete = verified_checkpoints(self.path)
+            found = complete[-1].name if complete else self._final_save()
+            if found is not None:
                 raise ValueError(
                     f"{self.path} already holds this run ({found}); pass `--resume_from_checkpoint true` to go on, or "
                     "choose another `output_dir`."
                 )
             return None
         if wanted.lower() == "true":
-            if not complete:
-                raise ValueError(f"{self.path} holds no complete checkpoint to resume from; start without resuming.")
-            return str(complete[-1])
+            return str(last_verified_checkpoint(self.path))
         if not (Path(wanted) / SAVE_RECORD).is_file():
             raise ValueError(f"{wanted} is no complete checkpoint: it has no {SAVE_RECORD}, which is written last.")
         return wanted
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _by_name(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """`{"streams": {"num_streams": 2}}` as `("streams.num_streams", 2)`."""
     for key, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
+        if key in _SECTIONS and isinstance(value, Mapping):
+            yield from ((f"{key}.{name}", item) for name, item in value.items())
         else:
-            yield f"{prefix}{key}", value
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+            yield key, value

@@ -1,9 +1,13 @@
-"""Saves that prove themselves: what was written is read back and compared with the live tensors."""
+"""Saves that prove themselves: what was written is read back and compared with the live tensors.
+
+A checkpoint and the final folder are written in the same three steps: take the mark of a verified save back, write, and
+mark the folder again once every tensor was read back.
+"""
 
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,8 +18,10 @@ from safetensors import safe_open
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedTokenizerBase
 
 from ..core.prefix import ReparameterizedPrefix
+from ..files import staging_folder, write_text
 from ..hf.engines import gathered
 from ..tuner.state import (
     adapter_parameters,
@@ -25,7 +31,7 @@ from ..tuner.state import (
     fold_prefix,
     saved_module_shapes,
 )
-from .run_folder import SAVE_RECORD, write_atomically
+from .run_folder import SAVE_RECORD
 
 
 @torch.no_grad()
@@ -114,9 +120,60 @@ def _same_values(saved: torch.Tensor, live: torch.Tensor) -> bool:
     return saved.shape == live.shape and torch.equal(saved, live.to(device="cpu", dtype=saved.dtype))
 
 
+@contextmanager
+def verified_save(
+    model: PeftModel,
+    folder: str | Path,
+    adapter_name: str,
+    is_main_process: bool = True,
+    wait_for_everyone: Callable[[], object] = lambda: None,
+) -> Iterator[None]:
+    """Write a save inside; afterwards it is read back, and marked as verified. Every rank must enter.
+
+    Args:
+        model: what is saved.
+        folder: where to, with the adapter's file in it.
+        adapter_name: the adapter that is saved.
+        is_main_process: whether this rank writes.
+        wait_for_everyone: a barrier, where several ranks write into the folder.
+
+    Raises:
+        ValueError: the save does not hold what was trained; the folder then has no mark.
+    """
+    if is_main_process:
+        forget_verified(folder)
+    yield
+    num_tensors = verify_save(model, folder, adapter_name, is_main_process)
+    wait_for_everyone()
+    if is_main_process:
+        record_verified(folder, num_tensors)
+
+
+def save_final_model(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    adapter_name: str,
+    is_main_process: bool = True,
+) -> None:
+    """Write the trained adapter and its tokenizer into the output folder, verified; every rank must call it.
+
+    Raises:
+        ValueError: the save does not hold what was trained; the folder is then as it was before.
+    """
+    state = whole_state(model, adapter_name, keep=is_main_process)
+    with (
+        replacing_folder(folder, is_main_process) as staging,
+        verified_save(model, staging, adapter_name, is_main_process),
+    ):
+        if is_main_process:
+            model.save_pretrained(staging, state_dict=state)
+            tokenizer.save_pretrained(staging)
+
+
 def record_verified(folder: str | Path, num_tensors: int) -> None:
     """Mark a folder as completely saved; written last."""
-    write_atomically(Path(folder) / SAVE_RECORD, json.dumps({"num_tensors": num_tensors}))
+    write_text(Path(folder) / SAVE_RECORD, json.dumps({"num_tensors": num_tensors}))
 
 
 def forget_verified(folder: str | Path) -> None:
@@ -130,13 +187,10 @@ def replacing_folder(target: Path, is_main_process: bool = True) -> Iterator[Pat
 
     On failure nothing in `target` has changed. Other than the main process, ranks get a path and touch nothing.
     """
-    staging = target.with_name(f".{target.name}.incomplete-{os.getpid()}")
     if not is_main_process:
-        yield staging
+        yield target
         return
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    try:
+    with staging_folder(target) as staging:
         yield staging
         target.mkdir(parents=True, exist_ok=True)
         forget_verified(target)
@@ -144,5 +198,3 @@ def replacing_folder(target: Path, is_main_process: bool = True) -> Iterator[Pat
             if path.is_dir():
                 shutil.rmtree(target / path.name, ignore_errors=True)
             os.replace(path, target / path.name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)

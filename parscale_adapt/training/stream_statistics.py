@@ -1,4 +1,4 @@
-"""The aggregator's weights in the log of any transformers or TRL trainer."""
+"""The aggregator's weights in the log of any transformers or TRL trainer, [`StreamTrainer`] included."""
 
 from typing import Any
 
@@ -23,8 +23,9 @@ class StreamStatisticsCallback(TrainerCallback):
         StreamStatisticsCallback.add_to(trainer)
 
     Passed as `callbacks=[StreamStatisticsCallback()]` it works too, but then runs after the trackers of `report_to`,
-    which don't see its figures. [`StreamTrainer`] logs them by itself. Tokens that the attention mask hides don't
-    count. Under data parallelism each process sees its own batch.
+    which don't see its figures. [`StreamTrainer`] has one from the start. Tokens that the attention mask hides, which
+    are padding, don't count; all others do, whether they are trained or only read. Under data parallelism each process
+    sees its own batch.
     """
 
     def __init__(self) -> None:
@@ -53,7 +54,7 @@ class StreamStatisticsCallback(TrainerCallback):
             if streams.num_streams > 1:
                 self._token_mask = arguments.get("attention_mask")
 
-        # In front of the streams' own hook, which replicates the rows.
+        # In front of all other hooks: accelerate's replace the arguments.
         self._hook = decoder.register_forward_pre_hook(keep_mask, with_kwargs=True, prepend=True)
 
     def on_log(
@@ -84,17 +85,29 @@ class StreamStatisticsCallback(TrainerCallback):
         self._hook = self._aggregator = self._token_mask = None
 
 
+def runs_in_streams(model: nn.Module) -> bool:
+    """Whether several streams run in `model`."""
+    return _decoder_in_streams(model) is not None
+
+
 def _find_decoder(model: nn.Module) -> nn.Module:
     """The decoder whose streams run.
 
     Raises:
         ValueError: no streams run in `model`.
     """
+    decoder = _decoder_in_streams(model)
+    if decoder is None:
+        raise ValueError(
+            f"StreamStatisticsCallback found no active ParScale adapter with several streams in {type(model).__name__}: "
+            "leave it out, or wrap the model with `get_peft_model` first."
+        )
+    return decoder
+
+
+def _decoder_in_streams(model: nn.Module) -> nn.Module | None:
     for module in model.modules():
         streams = getattr(module, STREAMS_ATTRIBUTE, None)
         if isinstance(streams, DecoderStreams) and streams.num_streams > 1:
             return module
-    raise ValueError(
-        f"StreamStatisticsCallback found no active ParScale adapter with several streams in {type(model).__name__}: "
-        "leave it out, or wrap the model with `get_peft_model` first."
-    )
+    return None

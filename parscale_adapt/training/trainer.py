@@ -1,8 +1,11 @@
 """TRL's SFTTrainer with what parallel streams add: their statistics in the log, whole and verified checkpoints, checked
-resumes."""
+resumes.
+"""
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,13 +16,14 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from trl import SFTTrainer
 
-from ..core.aggregator import Aggregator
 from ..core.prefix import ReparameterizedPrefix
 from ..hf.fingerprint import describe_difference
 from ..models.standalone import STREAM_FIELDS
 from ..tuner.config import ParScaleConfig
-from .saving import forget_verified, record_verified, verify_save, whole_state
-from .stream_statistics import stream_statistics
+from .failures import TrainingStopped
+from .run_folder import last_verified_checkpoint, verified_checkpoints
+from .saving import verified_save, whole_state
+from .stream_statistics import StreamStatisticsCallback, runs_in_streams
 
 
 UNFOLDED_FILE = "unfolded_state.safetensors"
@@ -27,16 +31,19 @@ _STREAM_SETTINGS = (*STREAM_FIELDS, "init_weights", "train_backbone", "lora")
 
 
 class StreamTrainer(SFTTrainer):
-    """[`trl.SFTTrainer`] for a model with ParScale streams; the arguments are the same."""
+    """[`trl.SFTTrainer`] for a model with ParScale streams; the arguments are the same.
+
+    While several streams are trained, the log has what [`StreamStatisticsCallback`] says of them.
+    """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self.has_begun = False
         self._check_engine()
         if getattr(self.model, "is_quantized", False) or getattr(self.model, "is_loaded_in_4bit", False):
             train_in_float32(self.model)
-        self._aggregators = [module for module in self.model.modules() if isinstance(module, Aggregator)]
-        for aggregator in self._aggregators:
-            aggregator.record_weights = True
+        if runs_in_streams(self.model):
+            StreamStatisticsCallback.add_to(self)
 
     @property
     def adapter_name(self) -> str:
@@ -44,21 +51,44 @@ class StreamTrainer(SFTTrainer):
         return self.accelerator.unwrap_model(self.model).active_adapters[0]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as TRL does, with the number of tokens seen and, while training, each stream's mean weight."""
-        mode = "train" if self.model.training else "eval"
-        if mode == "train":
-            for aggregator in self._aggregators:
-                if aggregator.last_weights is not None:
-                    logs.update(stream_statistics(aggregator.last_weights))
-        # TRL counts the tokens of one row per batch where no attention mask is given.
-        self._metrics[mode]["num_tokens"] = [float(self.state.num_input_tokens_seen)]
+        """Log as TRL does, with the number of tokens as transformers counts them, where it does."""
+        if self.args.include_num_input_tokens_seen != "no":
+            # TRL counts the tokens of one row per batch where no attention mask is given.
+            mode = "train" if self.model.training else "eval"
+            self._metrics[mode]["num_tokens"] = [float(self.state.num_input_tokens_seen)]
         super().log(logs, start_time)
 
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs) -> TrainOutput:
-        """Train as TRL does; a checkpoint of other streams or of another backbone is refused before it is read."""
-        if resume_from_checkpoint is not None:
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> TrainOutput:
+        """Train as TRL does; a checkpoint of other streams or of another backbone is refused before it is read.
+
+        Args:
+            resume_from_checkpoint: a checkpoint; or True for the last one in `output_dir` whose save was verified.
+            **kwargs: as in [`transformers.Trainer.train`].
+
+        Raises:
+            ValueError: there is no such checkpoint, or it can't be resumed.
+        """
+        self.has_begun = False
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(last_verified_checkpoint(self.args.output_dir))
+        if resume_from_checkpoint:
             check_resumable(self.model.peft_config[self.adapter_name], resume_from_checkpoint)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        """One step as TRL does it; from the first one on, something has been trained that can be lost."""
+        self.has_begun = True
+        return super().training_step(*args, **kwargs)
+
+    def stopped_by(self, error: Exception) -> TrainingStopped:
+        """What to say of an error that stops training, with the checkpoint from which it goes on."""
+        complete = verified_checkpoints(self.args.output_dir)
+        return TrainingStopped(self.state.global_step, error, str(complete[-1]) if complete else None)
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """Evaluate as TRL does; the random numbers of training go on as if it had not happened."""
+        with torch.random.fork_rng(devices=[]):  # data loaders draw a seed on the CPU, also where nothing is shuffled
+            return super().evaluate(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the adapter whole, however the engine shards it; every rank must call it."""
@@ -70,19 +100,21 @@ class StreamTrainer(SFTTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: None) -> None:
         """Save as transformers does, but older checkpoints go only once this one was read back and compared."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            forget_verified(folder)
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        writes, barrier = self.args.should_save, self.accelerator.wait_for_everyone
+        with verified_save(unwrapped, folder, self.adapter_name, writes, barrier), self._keeping_all_checkpoints():
+            super()._save_checkpoint(model, trial)
+        if writes:
+            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+            rotate_checkpoints(self.args.output_dir, limit, best, use_mtime=True)
+
+    @contextmanager
+    def _keeping_all_checkpoints(self) -> Iterator[None]:
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            super()._save_checkpoint(model, trial)
+            yield
         finally:
             self.args.save_total_limit = limit
-        unwrapped = self.accelerator.unwrap_model(self.model)
-        num_tensors = verify_save(unwrapped, folder, self.adapter_name, self.args.should_save)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            record_verified(folder, num_tensors)
-            rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

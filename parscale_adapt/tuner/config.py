@@ -1,9 +1,11 @@
 """Configuration of the ParScale method: fields, help and checks."""
 
+import copy
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
 
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, TaskType
 
 from ..core.aggregator import AGGREGATORS
 from ..version import __version__
@@ -112,9 +114,33 @@ class ParScaleArguments:
                 )
 
 
+class _RuntimeConfig:
+    """What PEFT's loading functions write into the configuration that they are about to attach; see
+    [`ParScaleConfig.is_being_loaded`]."""
+
+    def __init__(self, config: "ParScaleConfig"):
+        self._config = config
+
+    @property
+    def ephemeral_gpu_offload(self) -> bool:
+        """Always False: streams have nothing to move to a GPU for a moment."""
+        return False
+
+    @ephemeral_gpu_offload.setter
+    def ephemeral_gpu_offload(self, value: bool) -> None:
+        if value:
+            raise ValueError(
+                "`ephemeral_gpu_offload` is an option of LoRA's, got True for a ParScale adapter: leave it out."
+            )
+        self._config.is_being_loaded = True
+
+
 @dataclass
 class ParScaleConfig(ParScaleArguments, PeftConfig):
     """Configuration of parallel streams on a causal LM, to be passed to [`peft.get_peft_model`].
+
+    A model keeps a copy of it, to which it adds what it found. So the same configuration, be it new or read from a
+    file, can start any number of adapters on any backbones.
 
     Besides the fields of [`ParScaleArguments`] and of [`peft.PeftConfig`]:
 
@@ -124,12 +150,13 @@ class ParScaleConfig(ParScaleArguments, PeftConfig):
         modules_to_save: as in PEFT, further modules to train and save with the adapter.
         lora: a [`peft.LoraConfig`] (or its fields as a dictionary) for low-rank weights on the backbone, shared by all
             streams, trained with them and saved in the same file. With `num_streams=1` it is a plain LoRA adapter.
-        backbone_fingerprint: what the adapter was trained on; checked when it is put on a backbone again.
-        verify_backbone: False puts the adapter on a backbone with another fingerprint, with a warning. Pass it to
+        backbone_fingerprint: what the adapter was trained on; checked when it is loaded.
+        verify_backbone: False loads the adapter onto a backbone with another fingerprint, with a warning. Pass it to
             `PeftModel.from_pretrained`; it is never saved.
         parscale_version: the version of this package that made the adapter; set on its first save.
     """
 
+    task_type: str | None = "CAUSAL_LM"
     target_modules: tuple[str, ...] | list[str] | str | None = None
     modules_to_save: list[str] | None = None
     lora: LoraConfig | dict | None = None
@@ -140,6 +167,11 @@ class ParScaleConfig(ParScaleArguments, PeftConfig):
     def __post_init__(self):
         ParScaleArguments.__post_init__(self)
         PeftConfig.__post_init__(self)
+        if self.task_type not in (None, TaskType.CAUSAL_LM):
+            raise ValueError(
+                f"`task_type` must be 'CAUSAL_LM', got {TaskType(self.task_type).value!r}: streams run through "
+                "the decoder of a causal LM, and heads for other tasks are not supported."
+            )
         if self.train_backbone and self.modules_to_save:
             raise ValueError(
                 f"`modules_to_save` names parts of the backbone, got {self.modules_to_save}, but `train_backbone=True` "
@@ -153,13 +185,36 @@ class ParScaleConfig(ParScaleArguments, PeftConfig):
                     "of the two out."
                 )
         self.peft_type = PARSCALE
-        # A config that comes with a fingerprint was read from a saved adapter, whose tensors replace any start.
-        self.describes_saved_adapter = self.backbone_fingerprint is not None
-        if self.target_modules is not None and not self.describes_saved_adapter:
+        if self.target_modules is not None and self.backbone_fingerprint is None:  # a file has both
             raise ValueError(
                 f"`target_modules` can't be chosen, got {self.target_modules!r}: streams run through every attention "
                 "module of the backbone, which are found by running one token through it."
             )
+        # Whether tensors from a file follow the coming attach; they replace any start, and ask for their backbone.
+        # `get_peft_model` and `PeftModel.from_pretrained` attach in the same way, but the latter and `load_adapter`
+        # say before how to offload: to `runtime_config`, and to `from_pretrained` below.
+        self.is_being_loaded = False
+
+    @property
+    def runtime_config(self) -> _RuntimeConfig:
+        """Where `PeftModel.from_pretrained`, and only it, writes how to offload."""
+        return _RuntimeConfig(self)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> "ParScaleConfig":
+        """As [`peft.PeftConfig.from_pretrained`]."""
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        if "ephemeral_gpu_offload" in kwargs:  # `PeftModel.load_adapter`
+            config.runtime_config.ephemeral_gpu_offload = kwargs["ephemeral_gpu_offload"]
+        return config
+
+    def handed_over(self) -> "ParScaleConfig":
+        """A copy for a model to keep; what PEFT said of the coming attach goes with it, and counts once."""
+        copied = copy.deepcopy(self)
+        self.is_being_loaded = False
+        return copied
 
     def to_dict(self) -> dict:
         """The fields that are saved."""

@@ -72,7 +72,7 @@ def _grown_config(model: PeftModel, source: str, target: str, num_streams: int) 
         )
     config.num_streams = num_streams
     config.inference_mode = False
-    config.describes_saved_adapter = True  # its tensors are given, as those in a file
+    config.is_being_loaded = True  # its tensors are given, as those in a file
     return config
 
 

@@ -15,7 +15,8 @@ from ..core.aggregator import AGGREGATORS
 from ..core.layout import MixedLayout, UniformLayout
 from ..core.prefix import ReparameterizedPrefix, StreamPrefix
 from ..core.transforms import StreamBias, StreamLora
-from ..hf.backbone import AttentionShape
+from ..hf.backbone import AttentionShape, Backbone
+from ..hf.engines import execution_device
 from ..hf.projections import ProjectionShape
 from ..hf.stream_call import STREAMS_ATTRIBUTE, CacheOwner, CacheOwners, StreamCall
 from .config import ParScaleConfig
@@ -34,6 +35,7 @@ class ParScaleLayer(nn.Module, BaseTunerLayer):
         self.streams_of: dict[str, int] = {}
         # Kept out of the module tree: the host is this module's parent.
         object.__setattr__(self, "_host", host)
+        object.__setattr__(self, "_neighbor", host)  # whose device the tensors share
         self._disable_adapters = False
         self._active_adapter: list[str] = []
         self.merged_adapters: list[str] = []
@@ -53,16 +55,14 @@ class ParScaleLayer(nn.Module, BaseTunerLayer):
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, None]:
         # PEFT looks for `weight` on the layer that an adapter replaces; these layers stand beside their host.
-        parameter = next((p for p in self._host.parameters() if not p.is_meta), None)
-        return (None if parameter is None else parameter.device), None
+        return execution_device(self._neighbor), None
 
     def _place(self, module: nn.Module) -> nn.Module:
-        """Move a new module to the host's device and, if that is a float type, its dtype."""
+        """Move a new module to where the host computes and, if that is a float type, the host's dtype."""
         if any(parameter.is_meta for parameter in module.parameters()):
             return module
-        reference = next(self._host.parameters())
-        dtype = reference.dtype if reference.dtype.is_floating_point else None
-        return module.to(reference.device, dtype)
+        dtype = next(self._host.parameters()).dtype
+        return module.to(execution_device(self._neighbor), dtype if dtype.is_floating_point else None)
 
 
 class AttentionStreams(ParScaleLayer):
@@ -87,7 +87,7 @@ class AttentionStreams(ParScaleLayer):
         """Add the prefixes of one adapter."""
         self.streams_of[adapter_name] = config.num_streams
         self.prefix_tokens_of[adapter_name] = config.num_prefix_tokens
-        is_reparameterized = config.init_weights == "reparameterized" and not config.describes_saved_adapter
+        is_reparameterized = config.init_weights == "reparameterized" and not config.is_being_loaded
         prefix_class = ReparameterizedPrefix if is_reparameterized else StreamPrefix
         for container in self.adapter_layer_names:
             prefix = prefix_class(self.prefix_shape(container, adapter_name))
@@ -132,18 +132,20 @@ class DecoderStreams(ParScaleLayer):
 
     Args:
         host: the decoder.
-        hidden_size: size of its final hidden states.
-        attended_layers, masks_per_row: what [`parscale_adapt.hf.backbone.Backbone`] says of its caches and masks.
+        backbone: what is known of it.
+        output_module: what computes its final hidden states, which may be on another device than its first layers.
     """
 
     adapter_layer_names = ("parscale_aggregator",)
     other_param_names = ("streams_of", "prefix_tokens_of", "cache_owner_of")
 
-    def __init__(self, host: nn.Module, hidden_size: int, attended_layers: frozenset[int], masks_per_row: bool):
+    def __init__(self, host: nn.Module, backbone: Backbone, output_module: nn.Module):
         super().__init__(host)
-        self.hidden_size = hidden_size
-        self.attended_layers = attended_layers
-        self.masks_per_row = masks_per_row
+        object.__setattr__(self, "_neighbor", output_module)
+        self.hidden_size = backbone.hidden_size
+        self.attended_layers = backbone.attended_layers
+        self.masks_per_row = backbone.masks_per_row
+        self.is_open = False  # whether the decoder's calls come through here
         self.parscale_aggregator = nn.ModuleDict()
         self.prefix_tokens_of: dict[str, int] = {}
         self.cache_owner_of: dict[str, CacheOwner] = {}
@@ -292,7 +294,18 @@ class ProjectionStreams(ParScaleLayer):
         self.shape = shape
         # Kept out of the module tree, where it has its own place.
         object.__setattr__(self, "_decoder_streams", decoder_streams)
+        self._hook: RemovableHandle | None = None
         self.parscale_transform = nn.ModuleDict()
+
+    def attach_hook(self) -> None:
+        """Let the linear layer's output pass through here."""
+        self._hook = self._hook or self._host.register_forward_hook(_add_stream_transform)
+
+    def detach_hook(self) -> None:
+        """Undo [`attach_hook`]."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
     def update_layer(self, adapter_name: str, config: ParScaleConfig) -> None:
         """Add the transform of one adapter."""
@@ -325,11 +338,6 @@ class ProjectionStreams(ParScaleLayer):
 
     def _change(self, adapter: str, states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return self.parscale_transform[adapter](states).to(dtype)
-
-
-def attach_projection_hook(host: nn.Module) -> RemovableHandle:
-    """Let the child module `parscale` of a linear layer add to its output."""
-    return host.register_forward_hook(_add_stream_transform)
 
 
 def _add_stream_transform(host: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:

@@ -1,12 +1,13 @@
 """What a backbone or an adapter must not be when the two are put together; checked before anything is changed."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..hf.backbone import find_decoder
+from ..hf.engines import offloaded_modules
 from ..hf.fingerprint import describe_difference
 from ..hf.stream_call import STREAMS_ATTRIBUTE
 from .config import ParScaleConfig
@@ -22,10 +23,11 @@ def refuse_second_tuner(model: nn.Module) -> None:
         )
 
 
-def refuse_loading_by_transformers(peft_config: object) -> None:
-    """Raises ValueError where transformers' own `load_adapter`, which hands over a bare configuration and not a
-    dictionary of them, would leave the adapter's tensors as they were drawn."""
-    if isinstance(peft_config, ParScaleConfig) and peft_config.describes_saved_adapter:
+def refuse_loading_by_transformers(model: nn.Module, config: ParScaleConfig) -> None:
+    """Raises ValueError where transformers' own `load_adapter`, which doesn't know streams' tensors by their names, would
+    leave them as they were drawn. Its `add_adapter` notes that there are adapters before it attaches one, and so a
+    saved configuration starts a new one there."""
+    if config.backbone_fingerprint is not None and not getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
             "transformers itself can't load a saved ParScale adapter, since it doesn't know its tensors by their names: "
             "load it with `PeftModel.from_pretrained` or `AutoPeftModelForCausalLM.from_pretrained`."
@@ -60,15 +62,44 @@ def refuse_training_quantized_backbone(model: PreTrainedModel, config: ParScaleC
         )
 
 
-def refuse_copied_hosts(config: ParScaleConfig, projections: Iterable[str]) -> None:
-    """Raises ValueError where `modules_to_save`, of which PEFT trains copies, holds linear layers of the streams."""
-    for wanted in config.modules_to_save or ():
-        for name in projections:
-            if f".{wanted}." in f".{name}.":
-                raise ValueError(
-                    f"`modules_to_save` names {wanted!r}, but the linear layer `{name}` in it holds what the streams "
-                    f"of `stream_transform={config.stream_transform!r}` differ by: leave it out."
-                )
+def refuse_offloaded_backbone(model: nn.Module, config: ParScaleConfig) -> None:
+    """Raises ValueError where weights that accelerate offloads are to be trained, copied or wrapped by PEFT."""
+    for name in offloaded_modules(model):
+        copied = copying_entry(config, name)
+        reason = (
+            "`train_backbone=True` trains"
+            if config.train_backbone
+            else f"`modules_to_save` with {copied!r} trains a copy of"
+            if copied
+            else "`lora` wraps"
+            if config.lora
+            else None
+        )
+        if reason is not None:
+            raise ValueError(
+                f"{reason} weights that have to stay in memory, but accelerate offloads `{name}`: leave it out, or load "
+                "the backbone without offloading."
+            )
+
+
+def refuse_copied_hosts(config: ParScaleConfig, hosts: Iterable[str]) -> None:
+    """Raises ValueError where `modules_to_save`, of which PEFT trains copies, would copy a module that holds streams or
+    runs in them."""
+    for name in hosts:
+        copied = copying_entry(config, f"{name}.{STREAMS_ATTRIBUTE}")
+        if copied is not None:
+            raise ValueError(
+                f"`modules_to_save` names {copied!r}, but PEFT would train a copy of `{name}`, in which streams run: "
+                "leave it out."
+            )
+
+
+def copying_entry(config: ParScaleConfig, module_name: str) -> str | None:
+    """The entry of `modules_to_save` for which PEFT copies a module, or one around it; PEFT compares endings of names."""
+    parts = module_name.split(".")
+    around = [".".join(parts[: count + 1]) for count in range(len(parts))]
+    entries = config.modules_to_save or ()
+    return next((entry for entry in entries if any(name.endswith(entry) for name in around)), None)
 
 
 def refuse_unusable_name(name: str) -> None:
@@ -77,16 +108,25 @@ def refuse_unusable_name(name: str) -> None:
         raise ValueError(f"An adapter can't be named {name!r}: take a name without dots, such as 'default'.")
 
 
-def check_fingerprint(config: ParScaleConfig, found: dict[str, str], model_name: str) -> None:
-    """Note the backbone's fingerprint in a new configuration, or compare it with that of a saved one.
+def check_fingerprint(
+    config: ParScaleConfig, found: dict[str, str], model_name: str, ignored: Collection[str] = ()
+) -> None:
+    """Compare the fingerprint of a saved adapter with that of the backbone that it is loaded on.
+
+    Args:
+        config: of the adapter.
+        found: the backbone's fingerprint.
+        model_name: what to call the backbone.
+        ignored: names of entries that need not agree, besides the tensors that the adapter brings itself.
 
     Raises:
         ValueError: the adapter was trained on another backbone; a warning with `verify_backbone=False`.
     """
-    if config.backbone_fingerprint is None or not config.describes_saved_adapter:
-        config.backbone_fingerprint = found
+    if config.backbone_fingerprint is None:
         return
-    difference = describe_difference(config.backbone_fingerprint, found)
+    tensors = found.keys() - {"shape"}
+    brought = [name for name in tensors if config.train_backbone or copying_entry(config, name.rpartition(".")[0])]
+    difference = describe_difference(config.backbone_fingerprint, found, {*brought, *ignored})
     if difference is None:
         return
     message = f"The adapter was trained on another backbone than this {model_name}: {difference}."

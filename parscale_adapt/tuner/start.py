@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..hf.backbone import ObservedStates, evaluating, observe_states
+from ..hf.backbone import ObservedStates, evaluating, input_device, observe_states
 from ..hf.engines import gathered_parameters
 
 
@@ -34,7 +34,7 @@ def observe_token_states(
 def _generate_tokens(model: PreTrainedModel, num_rows: int, num_tokens: int) -> torch.Tensor:
     """Sample `[num_rows, num_tokens]` ids from the backbone, each row from its own first token."""
     config = model.config.get_text_config()
-    first = torch.randint(config.vocab_size, (num_rows, 1), device=model.get_input_embeddings().weight.device)
+    first = torch.randint(config.vocab_size, (num_rows, 1), device=input_device(model))
     if num_tokens == 1:
         return first
     with evaluating(model), gathered_parameters(model):

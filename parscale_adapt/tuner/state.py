@@ -48,7 +48,7 @@ def refuse_reparameterized(model: nn.Module, adapter_name: str) -> None:
     Raises:
         ValueError: the prefixes of the adapter are reparameterised.
     """
-    if any(_reparameterized_prefixes(model, adapter_name)):
+    if is_reparameterized(model, adapter_name):
         raise ValueError(
             f"Adapter {adapter_name!r} computes its prefixes by an MLP (`init_weights='reparameterized'`), the file "
             "holds them folded: load the file into a new adapter, which goes on with plain prefixes."
@@ -64,6 +64,11 @@ def fold_reparameterized(
         parameters = {key: folded.pop(f"{name}.{key}") for key, _ in module.named_parameters()}
         folded[f"{name}.weight"] = fold_prefix(module, parameters)
     return folded
+
+
+def is_reparameterized(model: nn.Module, adapter_name: str) -> bool:
+    """Whether an adapter computes its prefixes by an MLP."""
+    return any(_reparameterized_prefixes(model, adapter_name))
 
 
 def _reparameterized_prefixes(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, ReparameterizedPrefix]]:
@@ -135,6 +140,12 @@ def backbone_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
         for name, parameter in model.named_parameters()
         if not name.startswith(adapter_owned or ("\0",))
     }
+
+
+def trains_backbone(model: nn.Module) -> bool:
+    """Whether a parameter outside adapters is trained."""
+    backbone = backbone_shapes(model)
+    return any(parameter.requires_grad for name, parameter in model.named_parameters() if name in backbone)
 
 
 def embedding_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -2,16 +2,17 @@
 
 import json
 
+import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from support.outputs import logits
 from support.published_checkpoints import change_tensors, save_backbone, save_published
-from support.tiny_models import random_tokens, tiny_model
+from support.tiny_models import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from parscale_adapt.checkpoints import folders
 from parscale_adapt.checkpoints.importing import import_published
 
 
@@ -26,11 +27,6 @@ def published(tmp_path, backbone):
     return save_published(tmp_path / "published", backbone, num_streams=2)
 
 
-@torch.no_grad()
-def logits_of(model):
-    return model.eval()(random_tokens()).logits
-
-
 def test_with_an_equal_backbone_the_adapter_holds_the_streams_alone(tmp_path, backbone, published):
     report = import_published(str(published), tmp_path / "adapter", backbone=str(backbone))
     assert not report.carries_backbone
@@ -43,9 +39,9 @@ def test_with_an_equal_backbone_the_adapter_holds_the_streams_alone(tmp_path, ba
     assert report.num_tensors == len(names) == 2 * 2 + 4
     assert all("parscale_" in name for name in names)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(backbone), tmp_path / "adapter")
-    torch.testing.assert_close(logits_of(model), logits_of(AutoModelForCausalLM.from_pretrained(published)))
+    torch.testing.assert_close(logits(model), logits(AutoModelForCausalLM.from_pretrained(published)))
     with model.disable_adapter():
-        assert torch.equal(logits_of(model), logits_of(AutoModelForCausalLM.from_pretrained(backbone)))
+        assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(backbone)))
 
 
 def test_three_published_models_are_switched_on_one_resident_backbone(tmp_path, backbone):
@@ -61,8 +57,8 @@ def test_three_published_models_are_switched_on_one_resident_backbone(tmp_path, 
             model.load_adapter(folder, f"P{num_streams}")
     for name in ("P8", "P2", "P4", "P2"):
         model.set_adapter(name)
-        expected = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / name))
-        torch.testing.assert_close(logits_of(model), expected)
+        expected = logits(AutoModelForCausalLM.from_pretrained(tmp_path / name))
+        torch.testing.assert_close(logits(model), expected)
 
 
 def test_without_a_backbone_the_adapter_brings_its_own(tmp_path, published):
@@ -71,7 +67,7 @@ def test_without_a_backbone_the_adapter_brings_its_own(tmp_path, published):
     assert report.comparison is None
     plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "adapter"))
     model = PeftModel.from_pretrained(plain, tmp_path / "adapter")
-    torch.testing.assert_close(logits_of(model), logits_of(AutoModelForCausalLM.from_pretrained(published)))
+    torch.testing.assert_close(logits(model), logits(AutoModelForCausalLM.from_pretrained(published)))
 
 
 @pytest.mark.parametrize(("tolerance", "carries_backbone"), [(0.0, True), (1e-4, True), (1e-2, False)])
@@ -121,6 +117,8 @@ def test_tokenizer_and_card_come_along(tmp_path, backbone, published):
     assert (data.library_name, data.pipeline_tag) == ("peft", "text-generation")
     assert "parscale" in data.tags
     assert data.base_model is None  # a folder is no repository
+    text = ModelCard.load(tmp_path / "adapter" / "README.md").text
+    assert text.split("\n\n")[1].startswith("Import `parscale_adapt` before loading it")
 
 
 def truncate(folder):
@@ -196,10 +194,13 @@ def test_wrong_kinds_of_input_are_told_apart(tmp_path, backbone, published):
     save_backbone(tmp_path / "larger", hidden_size=40, num_attention_heads=4)
     tiny_model("llama").save_pretrained(tmp_path / "llama")
     refused = {
-        (str(backbone), None): "is no published ParScale checkpoint: its model type is 'qwen2'",
+        (str(backbone), None): "must hold a published ParScale checkpoint, got one of the model type 'qwen2'",
         (str(published), str(tmp_path / "larger")): "of wrong shape",
-        (str(published), str(tmp_path / "llama")): "has the model type 'llama', the checkpoint needs a 'qwen2'",
-        (str(published), str(published)): "has the model type 'qwen2_parscale'",
+        (
+            str(published),
+            str(tmp_path / "llama"),
+        ): "of the model type 'qwen2', got .*, a plain one of the type 'llama'",
+        (str(published), str(published)): "a published one of the type 'qwen2_parscale'",
         (str(tmp_path / "nowhere"), None): "There is no folder",
         (str(published / "config.json"), None): "is a file: give the folder",
         ("no-such-owner/no-such-model", None): "it can't be fetched from the hub",
@@ -217,7 +218,7 @@ def test_a_repository_is_fetched_without_pickles_and_code(tmp_path, published, m
         asked[repository] = allow_patterns
         return published
 
-    monkeypatch.setattr(folders, "snapshot_download", fetch)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     import_published("someone/streams", tmp_path / "adapter")
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     assert asked.keys() == {"someone/streams"}

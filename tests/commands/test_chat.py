@@ -225,14 +225,14 @@ def broken(material, tmp_path):
     [
         ("nothing", (), "There is no folder"),
         ("empty", (), "holds no config.json"),
-        ("lora", (), "is no ParScale adapter: its method is LORA"),
+        ("lora", (), "must hold a ParScale adapter, got one of the method LORA"),
         ("silent", (), "There is no tokenizer in"),
         ("export", ("--adapter", "two"), "has streams of its own, adapters go on a plain backbone"),
         ("export", ("--backbone", "backbone"), "is no adapter, so it needs no backbone: leave --backbone out"),
         ("backbone", ("--adapter", "a=two", "--adapter", "a=four"), "needs a name of its own, got 'a'"),
         ("backbone", ("--adapter", "backbone=two"), "needs a name of its own, got 'backbone'"),
         ("backbone", ("--adapter", "owner", "--adapter", "four"), "'owner' brings a backbone of its own"),
-        ("two", ("--backbone", "export"), "has streams of its own: give the plain model"),
+        ("two", ("--backbone", "export"), "a standalone checkpoint with streams of its own: give the plain one"),
     ],
 )
 def test_bad_input_is_refused_before_weights_load(broken, monkeypatch, path, options, message):

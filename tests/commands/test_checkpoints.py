@@ -66,20 +66,36 @@ def test_a_changed_export_fails_with_exit_code_1(parscale, tmp_path, published):
     code, out, err = parscale("verify", tmp_path / "export")
     assert (code, err) == (1, "")
     assert out.startswith("FAIL: ")
-    assert "largest difference of logits" in out
+    assert "tensors of the streams: 8 of 8 as in the source\n" in out
+    assert "logits in float32: largest difference" in out
+
+
+def test_a_changed_stream_is_named(parscale, tmp_path, published):
+    parscale("import", published, "--output", tmp_path / "adapter")
+    parscale("export", tmp_path / "adapter", "--output", tmp_path / "export")
+    name = "model.layers.1.self_attn.parscale.prefix_k.weight"
+    change_tensors(tmp_path / "export" / "model.safetensors", lambda tensors: tensors[name][0].zero_())
+    code, out, _ = parscale("verify", tmp_path / "export", "--json", tmp_path / "verify.json")
+    assert code == 1
+    assert f"7 of 8 as in the source, not {name}" in out
+    written = json.loads((tmp_path / "verify.json").read_text())
+    assert (written["changed_tensors"], written["passed"]) == ([name], False)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("import", "nowhere", "--output", "out"), "There is no folder nowhere."),
-        (("import", "backbone", "--output", "out"), "is no published ParScale checkpoint"),
+        (("import", "nowhere", "--output", "out"), "There is no folder nowhere: give one"),
+        (
+            ("import", "backbone", "--output", "out"),
+            "must hold a published ParScale checkpoint, got one of the model type 'qwen2'",
+        ),
         (("import", "published", "--output", "published"), "exists and is not an empty folder"),
-        (("export", "nowhere", "--output", "out"), "There is no folder nowhere."),
+        (("export", "nowhere", "--output", "out"), "There is no folder nowhere: give one"),
         (("export", "nowhere", "--output", "out", "--format", "gguf"), "can't be exported to gguf"),
         (("export", "nowhere", "--output", "out", "--format", "vllm"), "can't be exported to vllm"),
         (("verify", "backbone"), "nothing to compare with"),
-        (("inspect", "nowhere"), "There is no folder nowhere."),
+        (("inspect", "nowhere"), "There is no folder nowhere: give one"),
         (("inspect", "backbone", "--json", "no/such/file.json"), "does not exist, create it first"),
     ],
 )

@@ -7,14 +7,14 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import json
-import pathlib
 import subprocess
 import sys
 
 import pytest
+import typer
 
-from parscale_adapt import cli
-from parscale_adapt.commands.output import write_atomically
+from parscale_adapt import __version__, cli
+from parscale_adapt.serving import launcher
 
 
 PNG_START = b"\x89PNG"
@@ -40,20 +40,82 @@ def test_help_lists_every_command(parscale):
         assert ("--json" in out) == (name not in ("chat", "serve")), name  # those two report nothing, they run
 
 
-def test_commands_import_nothing_heavy_until_they_run():
-    """The package's own __init__ is replaced by an empty one: this is about the command modules."""
-    package = pathlib.Path(cli.__file__).parent
+def test_version_is_that_of_the_package(parscale):
+    assert parscale("--version") == (0, f"parscale_adapt {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["cost", "--help"], ["chat", "--help"]], ids=" ".join
+)
+def test_help_and_version_load_few_modules_and_no_heavy_ones(arguments):
+    """Counted instead of timed: 187 for the group and 286 for a command, whose option types load pydantic."""
     program = (
-        "import sys, types\n"
-        "package = types.ModuleType('parscale_adapt')\n"
-        f"package.__path__ = [{str(package)!r}]\n"
-        "sys.modules['parscale_adapt'] = package\n"
-        "import parscale_adapt.cli\n"
-        "heavy = {'torch', 'transformers', 'peft', 'numpy', 'scipy', 'matplotlib'} & set(sys.modules)\n"
-        "print(sorted(heavy))\n"
+        "import contextlib, io, sys\n"
+        "sys.argv[0] = 'parscale'\n"
+        "from parscale_adapt.cli import main\n"
+        "with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):\n"
+        "    main()\n"
+        "assert out.getvalue()\n"
+        "print(*sys.modules)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
+    modules = set(done.stdout.split())
+    heavy = {"torch", "transformers", "peft", "accelerate", "trl", "datasets", "deepspeed"}
+    heavy |= {"matplotlib", "scipy", "numpy", "pandas", "rich"}
+    assert not heavy & modules
+    assert len(modules) < (230 if len(arguments) == 1 else 350)
+
+
+def test_predictions_need_no_torch():
+    program = (
+        "import sys\n"
+        "sys.argv[0] = 'parscale'\n"
+        "from parscale_adapt.cli import app\n"
+        "app(standalone_mode=False)\n"
+        "print(*({'torch', 'transformers', 'peft', 'matplotlib'} & set(sys.modules)))\n"
+    )
+    for arguments in (["predict", "--model", "1.6B"], ["cost"], ["fit-law", "pile", "--bootstrap", "0"]):
+        command = [sys.executable, "-c", program, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == "", arguments
+
+
+def parse(parent, command, arguments):
+    """What a command reads from its arguments: the values that were given, and what it has no option for."""
+    context = type(parent)(command, parent=parent, info_name=command.name, **command.context_settings)
+    values, rest, _ = command.make_parser(context).parse_args(arguments)
+    return {name: value for name, value in values.items() if value is not None}, rest
+
+
+def test_every_option_is_spelled_with_dashes_or_underscores():
+    group = typer.main.get_command(cli.app)
+    checked = 0
+    with group.make_context("parscale", ["cost"]) as parent:
+        for command in group.commands.values():
+            for parameter in command.params:
+                for option in (name for name in parameter.opts if "-" in name.removeprefix("--")):
+                    value = [] if parameter.is_flag else ["a_b-c"]  # never changed itself
+                    with_dashes = parse(parent, command, [option, *value])
+                    assert list(with_dashes[0]) == [parameter.name]
+                    assert parse(parent, command, ["--" + option[2:].replace("-", "_"), *value]) == with_dashes
+                    checked += 1
+    assert checked >= 18
+
+
+def test_both_spellings_say_the_same(parscale):
+    dashes = parscale("predict", "--num-params", 3e6, "--match-params", 4e6, "--num-streams", 2, "--num-streams=4")
+    underscores = parscale(
+        "predict", "--num_params", 3e6, "--match_params=4e6", "--num_streams", 2, "--num-streams", 4
+    )
+    assert dashes == underscores
+    assert dashes[0] == 0
+
+
+def test_what_a_command_hands_over_keeps_its_spelling(parscale, tmp_path, monkeypatch):
+    handed = []
+    monkeypatch.setattr(launcher, "serve", lambda *arguments: handed.append(arguments))
+    assert parscale("serve", tmp_path, "--cb-num-blocks", 8, "--cb_max_batch_tokens=16")[0] == 0
+    assert handed == [(str(tmp_path), "localhost", 8000, ["--cb-num-blocks", "8", "--cb_max_batch_tokens=16"])]
 
 
 def test_fit_law_prints_and_writes_the_same_figures(parscale, tmp_path):
@@ -191,29 +253,3 @@ def test_a_user_sees_a_missing_column_in_one_sentence(parscale, tmp_path):
     code, _, err = parscale("fit-law", tmp_path / "runs.csv")
     assert code == 1
     assert "no column `num_streams`" in err
-
-
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
-    path = tmp_path / "law.json"
-    path.write_text("old")
-
-    def fail(temporary):
-        temporary.write_text("half")
-        raise RuntimeError("disk full")
-
-    with pytest.raises(RuntimeError, match="disk full"):
-        write_atomically(path, fail)
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-    with path.open() as reader:
-        write_atomically(path, lambda temporary: temporary.write_text("new"))
-        # Replaced, not rewritten: who reads the old file goes on reading the old file.
-        assert reader.read() == "old"
-    assert path.read_text() == "new"
-    assert path.stat().st_mode & 0o777 == 0o666 & ~_umask()
-
-
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

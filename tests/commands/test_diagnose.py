@@ -78,7 +78,7 @@ def test_column_backbone_and_irreducible_loss_can_be_given(parscale, folder, tmp
     try:
         code, _, err = parscale(*common, "--data", folder / "text.jsonl")
         assert code == 1
-        assert "can't be loaded, give --backbone" in err
+        assert "can't be opened, give it with --backbone" in err
         options = ("--data", folder / "code.jsonl", "--text-field", "code", "--irreducible-loss", 2)
         code, out, err = parscale(*common, *options, "--backbone", moved)
     finally:
@@ -93,18 +93,23 @@ def test_column_backbone_and_irreducible_loss_can_be_given(parscale, folder, tmp
 @pytest.mark.parametrize(
     ("adapter", "data", "options", "message"),
     [
-        ("lora", "text.jsonl", (), "lora is not a ParScale adapter: its peft_type is 'LORA'"),
-        ("p1", "text.jsonl", (), "p1 has one stream, so there is nothing to compare"),
-        ("backbone", "text.jsonl", (), "there is no adapter in"),
-        ("nothing", "text.jsonl", (), "there is no adapter in"),
+        ("lora", "text.jsonl", (), "lora must hold a ParScale adapter, got one of the method LORA"),
+        ("p1", "text.jsonl", (), "p1 must be at least 2, got 1: it has one stream, nothing to compare"),
+        ("backbone", "text.jsonl", (), "must hold a ParScale adapter, got a plain checkpoint"),
+        ("nothing", "text.jsonl", (), "There is no folder"),
         ("p3", "missing.jsonl", (), "missing.jsonl does not exist"),
         ("p3", "missing", (), "missing does not exist"),
         ("p3", "empty.jsonl", (), "empty.jsonl is empty"),
-        ("p3", "blank.jsonl", (), "blank.jsonl has no text to measure on"),
+        ("p3", "blank.jsonl", (), "blank.jsonl, whose documents are all empty"),
         ("p3", "code.jsonl", (), "has no field 'text'"),
         ("p3", "text.jsonl", ("--irreducible-loss", 50), "must lie below every loss of the streams, got 50"),
         ("p3", "text.jsonl", ("--plot", "streams.pdf"), "pictures are written as PNG"),
-        ("p3", "text.jsonl", ("--backbone", "no/such/model"), "the backbone no/such/model can't be loaded"),
+        (
+            "p3",
+            "text.jsonl",
+            ("--backbone", "no/such/model"),
+            "can't be opened, give it with --backbone: There is no folder no/such/model",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence_and_no_file(parscale, folder, tmp_path, adapter, data, options, message):
@@ -121,7 +126,7 @@ def test_bad_input_is_one_sentence_and_no_file(parscale, folder, tmp_path, adapt
 def test_a_name_of_a_dataset_on_the_hub_is_not_looked_up(parscale, folder):
     code, _, err = parscale("diagnose", folder / "p3", "--data", "owner/name")
     assert code == 1
-    assert "there is no file or folder owner/name" in err
+    assert "`--data` must be a file or folder, got owner/name" in err
 
 
 def test_data_is_required(parscale, folder):

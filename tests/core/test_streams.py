@@ -25,12 +25,11 @@ def test_row_p_times_b_plus_b_is_stream_p_of_sample_b(shape):
 
 
 def test_element_h_times_p_plus_p_of_the_features_is_hidden_element_h_of_stream_p():
-    hidden_states = torch.randn(P * B, T, H)
-    features = aggregation_features(hidden_states, P)
+    by_stream = torch.randn(P, B, T, H)
+    features = aggregation_features(by_stream)
     assert features.shape == (B, T, H * P)
-    for stream, sample, element in itertools.product(range(P), range(B), range(H)):
-        expected = hidden_states[stream * B + sample, :, element]
-        assert torch.equal(features[sample, :, element * P + stream], expected)
+    for stream, element in itertools.product(range(P), range(H)):
+        assert torch.equal(features[..., element * P + stream], by_stream[stream, ..., element])
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.75])
@@ -61,3 +60,9 @@ def test_the_weighted_sum_mixes_the_streams_of_each_token(dtype):
         expected = sum(shares[sample, token, stream] * states[stream * B + sample, token] for stream in range(P))
         tolerance = 1e-6 if dtype == torch.float32 else 2e-2
         np.testing.assert_allclose(mixed[sample, token].double().numpy(), expected, atol=tolerance)
+
+
+def test_the_weighted_sum_has_the_gradients_of_its_formula():
+    hidden_states = torch.randn(P * B, T, H, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(B, T, P, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(weighted_sum, (hidden_states, weights))

@@ -9,15 +9,16 @@ from datasets import Dataset, IterableDataset
 from rich.console import Console
 from torch.utils.data import DataLoader
 
-from parscale_adapt.data import LoadedSource, TextSource, TokenReport, build_train_dataset, train_tokenizer
+from parscale_adapt.data import (
+    LoadedSource,
+    MixtureSettings,
+    TextSource,
+    TokenReport,
+    build_train_dataset,
+)
 
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer([" ".join(WORDS)] * 3, 270)
 
 
 def make_texts(name, num_documents, num_words=20):
@@ -48,12 +49,12 @@ def recount(dataset, index):
 
 def test_one_epoch_holds_each_document_once_in_a_seeded_order(tokenizer):
     texts = make_texts("a", 50)
-    built, report = build_train_dataset([source("a", 50)], tokenizer, 4096, seed=1)
+    built, report = build_train_dataset([source("a", 50)], tokenizer, MixtureSettings(4096, seed=1))
     documents = tokenizer.batch_decode([ids for row in built for ids in split(row)], skip_special_tokens=True)
     assert sorted(documents) == sorted(texts)
     assert documents != texts
-    assert ids_of(build_train_dataset([source("a", 50)], tokenizer, 4096, seed=1)[0]) == ids_of(built)
-    assert ids_of(build_train_dataset([source("a", 50)], tokenizer, 4096, seed=2)[0]) != ids_of(built)
+    assert ids_of(build_train_dataset([source("a", 50)], tokenizer, MixtureSettings(4096, seed=1))[0]) == ids_of(built)
+    assert ids_of(build_train_dataset([source("a", 50)], tokenizer, MixtureSettings(4096, seed=2))[0]) != ids_of(built)
     num_tokens = sum(len(ids) + 1 for ids in tokenizer(texts)["input_ids"])
     (counts,) = report.sources
     assert (counts.documents, counts.tokens_read, counts.tokens_dropped, counts.epochs) == (50, num_tokens, 0, 1)
@@ -68,11 +69,13 @@ def split(row):
 
 
 def test_partial_row_is_kept_by_default_and_counted_when_dropped(tokenizer):
-    kept, report_kept = build_train_dataset([source("a", 50)], tokenizer, 64, seed=1)
+    kept, report_kept = build_train_dataset([source("a", 50)], tokenizer, MixtureSettings(64, seed=1))
     lengths = [len(row["input_ids"]) for row in kept]
     assert sorted(set(lengths), reverse=True)[0] == 64
     assert sum(length < 64 for length in lengths) == 1
-    full, report_full = build_train_dataset([source("a", 50)], tokenizer, 64, seed=1, drop_partial_rows=True)
+    full, report_full = build_train_dataset(
+        [source("a", 50)], tokenizer, MixtureSettings(64, seed=1, drop_partial_rows=True)
+    )
     assert len(full) == len(kept) - 1
     (all_of_it,), (rest,) = report_kept.sources, report_full.sources
     assert rest.tokens_dropped > 0
@@ -81,12 +84,12 @@ def test_partial_row_is_kept_by_default_and_counted_when_dropped(tokenizer):
 
 
 def test_epochs_are_laid_out_in_new_orders_and_cut_at_max_rows(tokenizer):
-    one, _ = build_train_dataset([source("a", 50)], tokenizer, 64, seed=1)
-    two, report = build_train_dataset([source("a", 50)], tokenizer, 64, seed=1, num_epochs=2)
+    one, _ = build_train_dataset([source("a", 50)], tokenizer, MixtureSettings(64, seed=1))
+    two, report = build_train_dataset([source("a", 50)], tokenizer, MixtureSettings(64, seed=1, num_epochs=2))
     assert ids_of(two)[: len(one)] == ids_of(one)
     assert ids_of(two)[len(one) :] != ids_of(one)
     assert report.sources[0].epochs == 2
-    cut, report = build_train_dataset([source("a", 50)], tokenizer, 64, seed=1, max_rows=len(one) + 3)
+    cut, report = build_train_dataset([source("a", 50)], tokenizer, MixtureSettings(64, seed=1, max_rows=len(one) + 3))
     assert ids_of(cut) == ids_of(two)[: len(one) + 3]
     assert report.num_tokens_trained == recount(cut, 0)
 
@@ -95,17 +98,19 @@ def test_epochs_are_laid_out_in_new_orders_and_cut_at_max_rows(tokenizer):
 
 
 def test_without_weights_sources_are_put_together_and_shuffled_by_row(tokenizer):
-    built, report = build_train_dataset([source("a", 60), source("b", 60)], tokenizer, 64, seed=1)
+    built, report = build_train_dataset([source("a", 60), source("b", 60)], tokenizer, MixtureSettings(64, seed=1))
     order = [row["source_index"] for row in built]
     assert order != sorted(order)
     assert [counts.epochs for counts in report.sources] == [1, 1]
     assert [counts.documents for counts in report.sources] == [60, 60]
     assert [counts.wanted_share for counts in report.sources] == [None, None]
     # a source is used up at its last row, so one row less means one source less
-    _, report = build_train_dataset([source("a", 60), source("b", 60)], tokenizer, 64, seed=1, max_rows=len(built) - 1)
+    _, report = build_train_dataset(
+        [source("a", 60), source("b", 60)], tokenizer, MixtureSettings(64, seed=1, max_rows=len(built) - 1)
+    )
     assert sorted(counts.epochs for counts in report.sources) == [0, 1]
     _, report = build_train_dataset(
-        [source("a", 60), source("b", 60)], tokenizer, 64, seed=1, max_rows=len(built) // 2
+        [source("a", 60), source("b", 60)], tokenizer, MixtureSettings(64, seed=1, max_rows=len(built) // 2)
     )
     assert [counts.epochs for counts in report.sources] == [0, 0]
 
@@ -118,7 +123,7 @@ def test_weights_are_shares_of_trained_tokens(tokenizer, streaming):
         source("long", 40, 6, num_words=200),
         source("mid", 80, 1, num_words=30, streaming=streaming),
     ]
-    built, report = build_train_dataset(sources, tokenizer, 512, seed=0, max_rows=2000)
+    built, report = build_train_dataset(sources, tokenizer, MixtureSettings(512, seed=0, max_rows=2000))
     trained = [0, 0, 0]
     for row in built:
         trained[row["source_index"]] += row["num_tokens_trained"]
@@ -133,7 +138,7 @@ def test_weights_are_shares_of_trained_tokens(tokenizer, streaming):
 
 def test_shares_hold_all_along_not_only_at_the_end(tokenizer):
     sources = [source("a", 200, 0.7, num_words=40), source("b", 200, 0.3, num_words=5)]
-    built, _ = build_train_dataset(sources, tokenizer, 128, seed=0, max_rows=400)
+    built, _ = build_train_dataset(sources, tokenizer, MixtureSettings(128, seed=0, max_rows=400))
     trained = [0, 0]
     for row in built:
         trained[row["source_index"]] += row["num_tokens_trained"]
@@ -141,7 +146,9 @@ def test_shares_hold_all_along_not_only_at_the_end(tokenizer):
 
 
 def test_weighted_epoch_ends_when_every_source_was_used_completely(tokenizer):
-    built, report = build_train_dataset([source("small", 10, 1), source("big", 80, 1)], tokenizer, 64, seed=0)
+    built, report = build_train_dataset(
+        [source("small", 10, 1), source("big", 80, 1)], tokenizer, MixtureSettings(64, seed=0)
+    )
     small, big = report.sources
     assert big.epochs == 1
     assert big.documents == 80
@@ -155,24 +162,24 @@ def test_weighted_epoch_ends_when_every_source_was_used_completely(tokenizer):
 
 def test_bad_weights_and_numbers_are_refused(tokenizer):
     def build(sources, max_length=64, **options):
-        return build_train_dataset(sources, tokenizer, max_length, **{"seed": 0, **options})
+        return build_train_dataset(sources, tokenizer, MixtureSettings(max_length, **{"seed": 0, **options}))
 
-    with pytest.raises(ValueError, match="no data source was given"):
+    with pytest.raises(ValueError, match="No data source was given"):
         build([])
-    with pytest.raises(ValueError, match=r"give a weight to every source or to none; the weights are \[1, None\]"):
+    with pytest.raises(ValueError, match=r"`weight` must be given for every source or for none, got \[1, None\]"):
         build([source("a", 2, 1), source("b", 2)])
-    with pytest.raises(ValueError, match=r"several sources of which one streams \(a, b\) need weights"):
+    with pytest.raises(ValueError, match=r"Several sources of which one streams \(a, b\) must have a `weight` each"):
         build([source("a", 3), source("b", 3, streaming=True)])
-    with pytest.raises(ValueError, match="a: a source weight must be a finite number above 0, got 0"):
+    with pytest.raises(ValueError, match="The `weight` of a must be a finite number above 0, got 0"):
         source("a", 2, 0)
-    with pytest.raises(ValueError, match="b has no column 'text'; its columns are body"):
+    with pytest.raises(ValueError, match="b must have a column `text`, got body"):
         LoadedSource("b", Dataset.from_dict({"body": ["a"]}))
     with pytest.raises(ValueError, match="c is empty"):
         LoadedSource("c", Dataset.from_dict({"text": []}))
-    with pytest.raises(ValueError, match="max_length must be"):
+    with pytest.raises(ValueError, match="`max_length` must be"):
         build([source("a", 2)], max_length=1)
     for option in ("num_epochs", "max_rows", "shuffle_buffer_size", "seed"):
-        with pytest.raises(ValueError, match=f"{option} must be a whole number of at least"):
+        with pytest.raises(ValueError, match=f"`{option}` must be a whole number of at least"):
             build([source("a", 2)], **{option: -1})
 
 
@@ -180,14 +187,14 @@ def test_bad_weights_and_numbers_are_refused(tokenizer):
 def test_source_with_nothing_to_train_on_is_refused(tokenizer, weight):
     empty = LoadedSource("void", Dataset.from_dict({"text": ["", ""]}), weight)
     with pytest.raises(ValueError, match="void has nothing to train on"):
-        build_train_dataset([empty, source("a", 5, weight)], tokenizer, 64, seed=0)
+        build_train_dataset([empty, source("a", 5, weight)], tokenizer, MixtureSettings(64, seed=0))
 
 
 # ---- streams
 
 
 def test_stream_is_endless_and_restarts_the_same(tokenizer):
-    built, report = build_train_dataset([source("a", 20, streaming=True)], tokenizer, 64, seed=0)
+    built, report = build_train_dataset([source("a", 20, streaming=True)], tokenizer, MixtureSettings(64, seed=0))
     assert isinstance(built, IterableDataset)
     assert report.num_tokens_trained == 0
     first = ids_of(built.take(100))
@@ -200,7 +207,7 @@ def test_stream_is_endless_and_restarts_the_same(tokenizer):
 def test_shuffle_buffer_changes_the_order_of_each_epoch_but_not_the_documents(tokenizer):
     def one_epoch(**options):
         built, report = build_train_dataset(
-            [source("a", 40, streaming=True)], tokenizer, 10_000, seed=0, num_epochs=2, **options
+            [source("a", 40, streaming=True)], tokenizer, MixtureSettings(10_000, seed=0, num_epochs=2, **options)
         )
         rows = list(built)
         assert report.sources[0].epochs == 2
@@ -223,7 +230,9 @@ def test_stream_from_files_equals_itself_in_every_worker_setting(tokenizer, tmp_
 
     def rows(num_workers):
         sources = [TextSource(str(tmp_path), streaming=True, weight=2), source("b", 20, 1)]
-        built, report = build_train_dataset(sources, tokenizer, 64, seed=3, max_rows=160, shuffle_buffer_size=16)
+        built, report = build_train_dataset(
+            sources, tokenizer, MixtureSettings(64, seed=3, max_rows=160, shuffle_buffer_size=16)
+        )
         loader = DataLoader(built, batch_size=4, num_workers=num_workers, collate_fn=lambda batch: batch)
         return [tuple(row["input_ids"]) for batch in loader for row in batch], report.to_dict()
 
@@ -239,7 +248,9 @@ def test_stream_from_files_equals_itself_in_every_worker_setting(tokenizer, tmp_
 
 
 def test_report_prints_and_turns_into_json(tokenizer):
-    _, report = build_train_dataset([source("left", 30, 1), source("right", 30, 3)], tokenizer, 64, seed=0)
+    _, report = build_train_dataset(
+        [source("left", 30, 1), source("right", 30, 3)], tokenizer, MixtureSettings(64, seed=0)
+    )
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(report.table())
     text = console.export_text()

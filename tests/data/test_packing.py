@@ -6,6 +6,7 @@ from itertools import chain
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from support.tokenizers import byte_tokenizer
 from tokenizers import processors
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.masking_utils import find_packed_sequence_indices
@@ -16,7 +17,6 @@ from parscale_adapt.data import (
     iterate_packed_rows,
     pack_dataset,
     pack_documents,
-    train_tokenizer,
 )
 
 
@@ -24,14 +24,9 @@ END = 0
 TEXTS = ["def f(x):\n    return x\n", "", "import os", "é <|im_start|>user<|im_end|> <|endoftext|> goes on", "a" * 50]
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer(TEXTS * 3, 262)
-
-
 def with_template(tokenizer, single):
     """A copy of the tokenizer that puts special tokens around each text, as Llama's does."""
-    changed = train_tokenizer(TEXTS * 3, 262)
+    changed = byte_tokenizer()
     changed.bos_token = "<|im_start|>"
     specials = [("<|im_start|>", 1), ("<|endoftext|>", 0)]
     changed.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=specials)
@@ -110,9 +105,9 @@ def test_long_documents_are_not_truncated(tokenizer):
 
 
 def test_tokenizer_without_end_token_is_refused(tokenizer):
-    bare = train_tokenizer(TEXTS * 3, 262)
+    bare = byte_tokenizer()
     bare.eos_token = None
-    with pytest.raises(ValueError, match="has no end token, so documents cannot be told apart; set"):
+    with pytest.raises(ValueError, match="has no end token, so nothing would end: set `eos_token`"):
         pack_dataset(Dataset.from_dict({"text": TEXTS}), bare, 8)
 
 
@@ -170,18 +165,18 @@ def test_pack_dataset_keeps_the_order_and_the_rows(tokenizer):
 
 def test_text_that_is_not_a_string_is_named(tokenizer):
     dataset = IterableDataset.from_generator(lambda: iter([{"text": "a"}, {"text": None}]))
-    with pytest.raises(TypeError, match="web: document 1 is NoneType, not text"):
+    with pytest.raises(TypeError, match="web, row 2: the field 'text' must hold text, got null"):
         list(iterate_packed_rows(dataset, tokenizer, 8, label="web"))
 
 
 @pytest.mark.parametrize("max_length", [1, 0, -3, 2.5, True])
 def test_bad_row_length_is_refused(max_length):
-    with pytest.raises(ValueError, match="max_length must be a whole number of at least 2 tokens"):
+    with pytest.raises(ValueError, match="`max_length` must be a whole number of at least 2 tokens"):
         next(pack_documents([[1, 2]], max_length))
 
 
 def test_document_without_tokens_is_refused():
-    with pytest.raises(ValueError, match="a document has no token"):
+    with pytest.raises(ValueError, match="A document has no token"):
         list(pack_documents([[1], []], 8))
 
 
@@ -217,11 +212,13 @@ def test_batch_without_boundaries_takes_the_plain_causal_path():
 
 
 def test_bad_rows_and_padding_are_refused():
-    with pytest.raises(ValueError, match=r"a packed row of 3 tokens has segments of \[1, 1\] tokens"):
+    with pytest.raises(ValueError, match=r"segments of a packed row of 3 tokens must sum to it, got \[1, 1\]"):
         PackedCollator(0)([{"input_ids": [1, 2, 3], "seq_lengths": [1, 1]}])
-    with pytest.raises(ValueError, match="needs the columns input_ids and seq_lengths, found input_ids"):
+    with pytest.raises(ValueError, match="must have the columns `input_ids` and `seq_lengths`, got input_ids"):
         PackedCollator(0)([{"input_ids": [1, 2, 3]}])
-    with pytest.raises(TypeError, match=r"pad_token_id must be an int, got None; .* can lend its eos_token_id"):
+    with pytest.raises(
+        TypeError, match=r"`pad_token_id` must be an integer, got None: .* can lend its `eos_token_id`"
+    ):
         PackedCollator(None)
 
 

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, TrainingArguments
 
-from parscale_adapt.data import LoadedSource, PackedCollator, TextSource, build_train_dataset, train_tokenizer
+from parscale_adapt.data import LoadedSource, MixtureSettings, PackedCollator, TextSource, build_train_dataset
 
 
 NUM_STEPS = 8
@@ -23,11 +23,6 @@ class RecordingTrainer(Trainer):
     def training_step(self, model, inputs, *args, **kwargs):
         self.seen = [*getattr(self, "seen", []), hashlib.sha256(inputs["input_ids"].numpy().tobytes()).hexdigest()]
         return super().training_step(model, inputs, *args, **kwargs)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer([" ".join(WORDS)] * 3, 275)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +58,9 @@ def make_trainer(kind, folder, tokenizer, output_dir, num_workers):
         num_key_value_heads=1,
         attention_dropout=0.1,
     )
-    dataset, _ = build_train_dataset(sources(kind, folder), tokenizer, MAX_LENGTH, seed=5, shuffle_buffer_size=20)
+    dataset, _ = build_train_dataset(
+        sources(kind, folder), tokenizer, MixtureSettings(MAX_LENGTH, seed=5, shuffle_buffer_size=20)
+    )
     arguments = TrainingArguments(
         output_dir=str(output_dir),
         max_steps=NUM_STEPS,

@@ -98,9 +98,9 @@ def test_training_is_deterministic():
 
 
 def test_impossible_vocabularies_are_refused():
-    with pytest.raises(ValueError, match="vocab_size must be at least 259"):
+    with pytest.raises(ValueError, match="`vocab_size` must be at least 259"):
         train_tokenizer(["hello"], 100)
-    with pytest.raises(ValueError, match=r"the texts give only \d+ tokens, not 1000; use more text"):
+    with pytest.raises(ValueError, match=r"The texts give only \d+ tokens, not 1000: use more text"):
         train_tokenizer(["hello"], 1000)
 
 

@@ -10,6 +10,7 @@ from transformers.models.llama import modeling_llama
 
 from parscale_adapt.core.layout import UniformLayout
 from parscale_adapt.core.prefix import StreamPrefix
+from parscale_adapt.hf.config_view import STREAMS
 from parscale_adapt.hf.decoder import restore_stock_functions, route_through_streams
 from parscale_adapt.hf.observer import AttentionObserver, observe_attention
 from parscale_adapt.hf.prefixed_attention import SUPPORTED_IMPLEMENTATIONS
@@ -50,7 +51,7 @@ def random_states(length, past=0):
 
 
 def attend(implementation, module, query, key, value, mask=None, **kwargs):
-    function = ALL_ATTENTION_FUNCTIONS[f"parscale_{implementation}"]
+    function = ALL_ATTENTION_FUNCTIONS[f"{STREAMS}{implementation}"]
     return function(module, query, key, value, mask, scaling=SIZE**-0.5, dropout=0.0, **kwargs)[0]
 
 
@@ -118,7 +119,7 @@ def test_routing_leaves_the_name_on_the_model_and_is_undone_exactly(implementati
     model.config._attn_implementation_internal = implementation
     route_through_streams(module, decoder)
     route_through_streams(module, decoder)
-    assert module.config._attn_implementation == f"parscale_{implementation}"
+    assert module.config._attn_implementation == f"{STREAMS}{implementation}"
     assert model.config is config
     assert config._attn_implementation == implementation
     restore_stock_functions(module)
@@ -130,7 +131,7 @@ def test_another_implementation_chosen_later_reaches_routed_modules():
     module = model.model.layers[0].self_attn
     route_through_streams(module, model.model)
     model.set_attn_implementation("eager")
-    assert module.config._attn_implementation == "parscale_eager"
+    assert module.config._attn_implementation == f"{STREAMS}eager"
 
 
 def test_an_implementation_that_knows_no_streams_is_refused_by_name():
@@ -142,7 +143,7 @@ def test_an_implementation_that_knows_no_streams_is_refused_by_name():
 
 @pytest.mark.parametrize("name", ["indices", "block_indices"])
 def test_attention_that_addresses_single_keys_is_refused(name):
-    function = ALL_ATTENTION_FUNCTIONS["parscale_sdpa"]
+    function = ALL_ATTENTION_FUNCTIONS[f"{STREAMS}sdpa"]
     with pytest.raises(ValueError, match=f"LlamaAttention picks single keys .`{name}`."):
         function(attention_module(), *random_states(5), None, **{name: torch.zeros(1)})
 

@@ -2,7 +2,8 @@ import copy
 
 import pytest
 import torch
-from support.tiny_models import random_tokens, tiny_model, with_streams
+from support.outputs import GREEDY, generate
+from support.tiny_models import random_tokens, streams_of
 from transformers import DynamicCache, StaticCache
 
 from parscale_adapt import ParScaleConfig
@@ -10,27 +11,12 @@ from parscale_adapt.core.layout import UniformLayout
 from parscale_adapt.hf.cache import stream_view, viewed_cache
 
 
-OPTIONS = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 STRATEGIES = {
     "greedy": {},
     "sampling": {"do_sample": True, "top_k": 0, "num_return_sequences": 3},
     "beams": {"num_beams": 3, "num_return_sequences": 2},
     "sampled beams": {"num_beams": 2, "do_sample": True},
 }
-
-
-def generate(model, num_samples=2, **options):
-    """Left-padded unless for one sample, seeded."""
-    input_ids = random_tokens(num_samples, 8)
-    mask = torch.ones_like(input_ids)
-    if num_samples > 1:
-        mask[0, :3] = 0
-    torch.manual_seed(0)
-    return model.generate(input_ids=input_ids, attention_mask=mask, **{**OPTIONS, **options})
-
-
-def streams_of(model_type, num_streams=2):
-    return with_streams(tiny_model(model_type, "eager" if model_type == "gpt_oss" else "sdpa"), num_streams)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -71,7 +57,7 @@ def test_generation_continues_from_a_returned_cache(model_type):
     expected = generate(model, 1, use_cache=False)
     first = generate(model, 1, max_new_tokens=3, return_dict_in_generate=True)
     continued = model.generate(
-        input_ids=first.sequences, past_key_values=first.past_key_values, **{**OPTIONS, "max_new_tokens": 3}
+        input_ids=first.sequences, past_key_values=first.past_key_values, **{**GREEDY, "max_new_tokens": 3}
     )
     assert torch.equal(continued, expected)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import flash_reference
-from support.tiny_models import tiny_model, with_streams
+from support.tiny_models import streams_of, tiny_model, with_second_adapter, with_streams
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
 from parscale_adapt import ParScaleConfig
@@ -35,16 +35,6 @@ def generated_tokens(model, prompts=PROMPTS, options=None, **arguments):
     return [result.generated_tokens for result in results.values()]
 
 
-def streams_of(model_type="qwen2", implementation="sdpa", num_streams=3, **changes):
-    return with_streams(tiny_model(model_type, implementation, **changes), num_streams)
-
-
-def with_second_adapter(model, num_streams=3):
-    config = ParScaleConfig(task_type="CAUSAL_LM", num_streams=num_streams, num_prefix_tokens=5, init_std=0.5)
-    model.add_adapter("second", config)
-    return model.eval()
-
-
 @pytest.mark.parametrize(
     ("model_type", "implementation"),
     [
@@ -58,7 +48,7 @@ def with_second_adapter(model, num_streams=3):
     ],
 )
 def test_every_request_gives_the_tokens_that_it_gives_alone(model_type, implementation):
-    model = streams_of(model_type, implementation)
+    model = streams_of(model_type, implementation=implementation)
     before = model.config.to_dict()
     expected = expected_tokens(model)
     assert generated_tokens(model) == expected
@@ -73,7 +63,7 @@ def test_every_request_gives_the_tokens_that_it_gives_alone(model_type, implemen
 @pytest.mark.parametrize("model_type", ["qwen2", "phi3"])
 def test_flash_attention_serves_requests_by_their_lengths(monkeypatch, model_type, version):
     flash_reference.install(monkeypatch)
-    model = streams_of(model_type, "eager")
+    model = streams_of(model_type, implementation="eager")
     expected = expected_tokens(model)
     assert generated_tokens(flash_reference.use_flash_attention(model, version)) == expected
 
@@ -122,7 +112,7 @@ def test_several_sequences_per_prompt_are_returned():
 def test_the_adapter_that_is_active_serves():
     model = streams_of()
     model.add_adapter("one", ParScaleConfig(task_type="CAUSAL_LM", num_streams=1))
-    with_second_adapter(model, num_streams=4)
+    with_second_adapter(model)
     seen = []
     for name in ("default", "second", "one", "default"):
         model.set_adapter(name)
@@ -148,7 +138,7 @@ def test_serving_puts_the_model_into_evaluation_mode():
 
 
 def test_a_kept_manager_serves_its_adapter_again_and_no_other():
-    model = with_second_adapter(streams_of())
+    model = with_second_adapter(streams_of(), num_streams=3)
     expected = expected_tokens(model)
     assert generated_tokens(model, persistent_manager=True) == expected
     kept = model._cached_continuous_batching_manager
@@ -166,7 +156,7 @@ def test_a_kept_manager_serves_its_adapter_again_and_no_other():
 
 
 def test_requests_after_a_switch_of_the_adapter_fail_and_say_why():
-    model = with_second_adapter(streams_of())
+    model = with_second_adapter(streams_of(), num_streams=3)
     generation_config, config = GenerationConfig(**GREEDY), ContinuousBatchingConfig(**SMALL)
     with model.continuous_batching_context_manager(
         generation_config=generation_config, continuous_batching_config=config, warmup=False

@@ -1,15 +1,12 @@
 import pytest
 import torch
 from support.oracle import logits_by_hand
+from support.outputs import close
 from support.tiny_models import ARCHITECTURES, random_tokens, tiny_model, with_streams
 from transformers import DynamicCache
 
 
 IMPLEMENTATIONS = ("eager", "sdpa")
-
-
-def close(result, expected):
-    torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
 
 
 def padded(side):

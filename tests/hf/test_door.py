@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from peft import get_peft_model
+from support.outputs import logits
 from support.tiny_models import random_tokens, tiny_config, tiny_model, with_streams
 from support.traces import traces
 from transformers import AutoModelForCausalLM
@@ -23,10 +24,6 @@ OPTIONS = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_t
 
 def decoder_of(model):
     return model.get_base_model().model
-
-
-def logits(model):
-    return model(input_ids=random_tokens(), use_cache=False).logits
 
 
 @torch.no_grad()

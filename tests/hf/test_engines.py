@@ -1,5 +1,6 @@
 import pytest
 import torch
+from support.outputs import gradients
 from support.tiny_models import random_tokens, tiny_model, with_streams
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -11,13 +12,6 @@ def in_4bit(folder):
     tiny_model(**SIZES).save_pretrained(folder)
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map="cpu")
-
-
-def gradients(model):
-    model.train()
-    model.zero_grad()
-    model(input_ids=random_tokens(), labels=random_tokens()).loss.backward()
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
 def test_gradients_reach_every_prefix_of_a_4bit_backbone_also_after_an_evaluation(tmp_path):

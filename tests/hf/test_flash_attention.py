@@ -5,6 +5,7 @@ import torch
 from support import flash_reference
 from support.flash_reference import use_flash_attention
 from support.oracle import logits_by_hand
+from support.outputs import GREEDY, close
 from support.tiny_models import random_tokens, tiny_model, with_streams
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -12,7 +13,6 @@ from parscale_adapt import ParScaleConfig
 from parscale_adapt.core.packed_documents import put_prefix_before_documents
 
 
-OPTIONS = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 WIDE = {"sliding_window": 64}
 CHANGES = {
     "qwen2": {},
@@ -35,12 +35,8 @@ def backbone(model_type, implementation="eager", **changes):
     return tiny_model(model_type, implementation, **CHANGES[model_type] | changes)
 
 
-def streams_of(model_type, num_streams=3, **changes):
+def eager_streams(model_type, num_streams=3, **changes):
     return with_streams(backbone(model_type, **changes), num_streams)
-
-
-def close(result, expected):
-    torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
 
 
 def padded(side):
@@ -122,7 +118,7 @@ def test_the_reference_knows_windows(name):
 @pytest.mark.parametrize("name", INPUTS)
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_every_document_gives_the_logits_that_it_gives_alone_under_eager_attention(model_type, name, use_cache):
-    model, inputs = streams_of(model_type), INPUTS[name]()
+    model, inputs = eager_streams(model_type), INPUTS[name]()
     expected = run_alone(model, inputs)
     close(run(model, inputs, use_cache=use_cache), expected)
     with torch.no_grad(), model.disable_adapter():
@@ -131,7 +127,7 @@ def test_every_document_gives_the_logits_that_it_gives_alone_under_eager_attenti
 
 @pytest.mark.parametrize("num_streams", [2, 4])
 def test_streams_equal_one_forward_per_stream_mixed_by_hand(num_streams):
-    model, inputs = streams_of("qwen2", num_streams), packed_by_lengths()
+    model, inputs = eager_streams("qwen2", num_streams), packed_by_lengths()
     expected = [logits_by_hand(model, input_ids=document)[0] for document in documents_of(inputs)]
     close(run(model, inputs, use_cache=False), torch.cat(expected))
 
@@ -139,7 +135,7 @@ def test_streams_equal_one_forward_per_stream_mixed_by_hand(num_streams):
 @pytest.mark.parametrize("name", ["unpadded", "left", "packed", "lengths"])
 @pytest.mark.parametrize("model_type", ["qwen2", "gpt_oss"])
 def test_gradients_equal_those_of_eager_attention(model_type, name):
-    model, inputs = streams_of(model_type), INPUTS[name]()
+    model, inputs = eager_streams(model_type), INPUTS[name]()
     run_alone(model, inputs).square().mean().backward()
     expected = {key: parameter.grad for key, parameter in model.named_parameters() if parameter.requires_grad}
     model.zero_grad()
@@ -154,20 +150,20 @@ def test_gradients_equal_those_of_eager_attention(model_type, name):
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prefill_chunk_size": 3}, STATIC], ids=str)
 @pytest.mark.parametrize("model_type", ["qwen2", "mistral", "gpt_oss", "deepseek_v3"])
 def test_cached_generation_gives_the_tokens_of_eager_attention_without_a_cache(model_type, options):
-    model, inputs = streams_of(model_type), padded("left")
+    model, inputs = eager_streams(model_type), padded("left")
     del inputs["position_ids"]
-    expected = model.generate(**inputs, **OPTIONS, use_cache=False, num_beams=options.get("num_beams", 1))
-    assert torch.equal(use_flash_attention(model).generate(**inputs, **OPTIONS, **options), expected)
+    expected = model.generate(**inputs, **GREEDY, use_cache=False, num_beams=options.get("num_beams", 1))
+    assert torch.equal(use_flash_attention(model).generate(**inputs, **GREEDY, **options), expected)
 
 
 @pytest.mark.parametrize("name", ["unpadded", "left", "packed", "lengths"])
 def test_a_window_that_hides_tokens_is_refused_and_one_that_does_not_changes_nothing(name):
     inputs = INPUTS[name]()
     longest = max(document.shape[1] for document in documents_of(inputs))
-    model = streams_of("mistral", sliding_window=longest)
+    model = eager_streams("mistral", sliding_window=longest)
     expected = run_alone(model, inputs)
     close(run(model, inputs, use_cache=False), expected)
-    model = use_flash_attention(streams_of("mistral", sliding_window=longest - 1))
+    model = use_flash_attention(eager_streams("mistral", sliding_window=longest - 1))
     message = f"Flash attention can't show a prefix to tokens behind its sliding window of {longest - 1} tokens, got "
     with pytest.raises(ValueError, match=f"{message}{longest}: load the backbone with .*sdpa"):
         model(**inputs, use_cache=False)
@@ -175,16 +171,16 @@ def test_a_window_that_hides_tokens_is_refused_and_one_that_does_not_changes_not
 
 def test_generation_within_a_window_goes_on_behind_it():
     """A sliding cache gives every new token just the keys that it sees."""
-    model, inputs = streams_of("mistral", sliding_window=9), padded("left")
+    model, inputs = eager_streams("mistral", sliding_window=9), padded("left")
     del inputs["position_ids"]
-    expected = model.generate(**inputs, **OPTIONS, use_cache=False)
-    assert torch.equal(use_flash_attention(model).generate(**inputs, **OPTIONS), expected)
+    expected = model.generate(**inputs, **GREEDY, use_cache=False)
+    assert torch.equal(use_flash_attention(model).generate(**inputs, **GREEDY), expected)
 
 
 @pytest.mark.parametrize("name", ["unpadded", "left"])
 @pytest.mark.parametrize("model_type", ["qwen2", "gpt_oss"])
 def test_samples_of_a_batch_may_run_different_adapters(model_type, name):
-    model, inputs = streams_of(model_type), INPUTS[name]()
+    model, inputs = eager_streams(model_type), INPUTS[name]()
     config = ParScaleConfig(task_type="CAUSAL_LM", num_streams=2, num_prefix_tokens=5, init_std=0.5)
     model.add_adapter("two", config)
     names, expected = ["two", "__base__", "default"][: len(inputs["input_ids"])], []
@@ -202,7 +198,7 @@ def test_samples_of_a_batch_may_run_different_adapters(model_type, name):
 def test_a_single_stream_and_a_disabled_adapter_are_the_plain_backbone(version):
     inputs = packed_by_lengths()
     expected = use_flash_attention(backbone("gpt_oss"), version)(**inputs).logits
-    model = use_flash_attention(streams_of("gpt_oss"), version)
+    model = use_flash_attention(eager_streams("gpt_oss"), version)
     with model.disable_adapter():
         assert torch.equal(model(**inputs).logits, expected)
     model.add_adapter("one", ParScaleConfig(task_type="CAUSAL_LM", num_streams=1))
@@ -219,7 +215,7 @@ def test_flash_attention_gets_streams_as_heads_and_the_batch_as_it_is(monkeypatc
 
     monkeypatch.setattr(flash_reference, "flash_attn_func", record)
     flash_reference.install(monkeypatch)
-    run(streams_of("qwen2"), INPUTS["unpadded"]())
+    run(eager_streams("qwen2"), INPUTS["unpadded"]())
     assert shapes == 2 * [[(2, 9, 3 * 4, 8), (2, 3 + 9, 3 * 2, 8), (2, 3 + 9, 3 * 2, 8)]]
 
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from peft import get_peft_model
 from support.oracle import logits_by_hand
+from support.outputs import GREEDY, close, logits
 from support.tiny_models import random_tokens, tiny_model, with_streams
 from transformers import StaticCache
 
 from parscale_adapt import ParScaleConfig
 
 
-OPTIONS = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 SIZES = {"hidden_size": 64, "head_dim": 16}
 CHANGES = {
     "qwen2": {},
@@ -42,7 +42,7 @@ def sizes_of(model_type):
     return SIZES | CHANGES[model_type]
 
 
-def streams_of(model_type, num_streams=3, **fields):
+def flex_streams(model_type, num_streams=3, **fields):
     model = with_streams(tiny_model(model_type, "eager", **sizes_of(model_type)), num_streams, **fields)
     model.set_attn_implementation("flex_attention")
     return model
@@ -54,13 +54,9 @@ def left_padded():
     return {"input_ids": input_ids, "attention_mask": mask}
 
 
-def logits_of(model, inputs):
+def with_positions(inputs):
     positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    return model(**inputs, position_ids=positions, use_cache=False).logits
-
-
-def close(result, expected):
-    torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
+    return {**inputs, "position_ids": positions, "use_cache": False}
 
 
 @pytest.mark.skipif(
@@ -69,8 +65,8 @@ def close(result, expected):
 @torch.no_grad()
 @torch._dynamo.config.patch(automatic_dynamic_shapes=False)  # torch 2.13 can't compile changing lengths for any model
 def test_compiled_kernels_give_the_tokens_and_logits_of_eager_attention():
-    model = streams_of("qwen2")
-    options = {**OPTIONS, "max_new_tokens": 2, "return_dict_in_generate": True, "output_logits": True}
+    model = flex_streams("qwen2")
+    options = {**GREEDY, "max_new_tokens": 2, "return_dict_in_generate": True, "output_logits": True}
     result = model.generate(**left_padded(), **options)
     model.set_attn_implementation("eager")
     expected = model.generate(**left_padded(), use_cache=False, **options)
@@ -81,22 +77,22 @@ def test_compiled_kernels_give_the_tokens_and_logits_of_eager_attention():
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_padded_streams_equal_one_forward_per_stream_mixed_by_hand(model_type):
-    model, inputs = streams_of(model_type), left_padded()
+    model, inputs = flex_streams(model_type), left_padded()
     positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     expected = logits_by_hand(model, model_type, sizes_of(model_type), **inputs, position_ids=positions)
     visible = inputs["attention_mask"].bool()
-    result = logits_of(model, inputs)
+    result = logits(model, **with_positions(inputs))
     assert result.isfinite().all()
     close(result[visible], expected[visible])
 
 
 @pytest.mark.usefixtures("uncompiled")
 def test_a_prefix_may_be_longer_than_the_padded_tokens():
-    model, inputs = streams_of("mistral", num_prefix_tokens=12), left_padded()
+    model, inputs = flex_streams("mistral", num_prefix_tokens=12), left_padded()
     model.set_attn_implementation("eager")
-    expected = logits_of(model, inputs)
+    expected = logits(model, **with_positions(inputs))
     model.set_attn_implementation("flex_attention")
-    close(logits_of(model, inputs), expected)
+    close(logits(model, **with_positions(inputs)), expected)
 
 
 @pytest.mark.usefixtures("uncompiled")
@@ -111,7 +107,7 @@ def test_streams_without_a_prefix_get_the_stock_mask():
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_every_packed_document_sees_the_whole_prefix_and_no_other_document(model_type):
-    model = streams_of(model_type)
+    model = flex_streams(model_type)
     documents = [random_tokens(1, length, seed=length) for length in (7, 1, 6)]
     positions = torch.cat([torch.arange(document.shape[1]) for document in documents]).unsqueeze(0)
     packed = model(input_ids=torch.cat(documents, 1), position_ids=positions, use_cache=False).logits
@@ -123,16 +119,16 @@ def test_every_packed_document_sees_the_whole_prefix_and_no_other_document(model
 @pytest.mark.parametrize("num_beams", [1, 3])
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_cached_generation_gives_the_tokens_of_eager_attention_without_a_cache(model_type, num_beams):
-    model = streams_of(model_type)
-    result = model.generate(**left_padded(), **OPTIONS, num_beams=num_beams)
+    model = flex_streams(model_type)
+    result = model.generate(**left_padded(), **GREEDY, num_beams=num_beams)
     model.set_attn_implementation("eager")
-    expected = model.generate(**left_padded(), **OPTIONS, num_beams=num_beams, use_cache=False)
+    expected = model.generate(**left_padded(), **GREEDY, num_beams=num_beams, use_cache=False)
     assert torch.equal(result, expected)
 
 
 @pytest.mark.usefixtures("uncompiled")
 def test_a_static_cache_and_pieces_give_the_logits_of_one_call():
-    model, input_ids = streams_of("mistral"), random_tokens(2, 12)
+    model, input_ids = flex_streams("mistral"), random_tokens(2, 12)
     expected = model(input_ids=input_ids, use_cache=False).logits
     cache = StaticCache(config=model.config, max_cache_len=16)
     pieces = [model(input_ids=piece, past_key_values=cache).logits for piece in input_ids.split([7, 1, 4], dim=1)]
@@ -141,18 +137,18 @@ def test_a_static_cache_and_pieces_give_the_logits_of_one_call():
 
 @pytest.mark.usefixtures("uncompiled")
 def test_a_single_stream_and_a_disabled_adapter_are_the_plain_backbone():
-    expected = logits_of(tiny_model("mistral", "flex_attention", **sizes_of("mistral")), left_padded())
-    model = streams_of("mistral")
+    expected = logits(tiny_model("mistral", "flex_attention", **sizes_of("mistral")), **with_positions(left_padded()))
+    model = flex_streams("mistral")
     with model.disable_adapter():
-        assert torch.equal(logits_of(model, left_padded()), expected)
+        assert torch.equal(logits(model, **with_positions(left_padded())), expected)
     model.add_adapter("one", ParScaleConfig(task_type="CAUSAL_LM", num_streams=1))
     model.set_adapter("one")
-    assert torch.equal(logits_of(model, left_padded()), expected)
+    assert torch.equal(logits(model, **with_positions(left_padded())), expected)
 
 
 @pytest.mark.usefixtures("uncompiled")
 def test_mixed_adapters_are_refused():
-    model = streams_of("qwen2")
+    model = flex_streams("qwen2")
     message = r"`adapter_names` can't mix adapters under flex_attention, .* `attn_implementation=\"sdpa\"`"
     with pytest.raises(ValueError, match=message):
         model(input_ids=random_tokens(), adapter_names=["default", "__base__"])

@@ -4,35 +4,15 @@ import contextlib
 
 import pytest
 import torch
-from support.tiny_models import random_tokens, tiny_model, with_streams
+from support.outputs import GREEDY, generate
+from support.tiny_models import random_tokens, streams_of, tiny_model, with_second_adapter
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, DynamicCache, QuantizedCache, StaticCache
 from transformers.cache_utils import Fp8QuantizedLayer
 from transformers.generation.streamers import BaseStreamer
 
-from parscale_adapt import ParScaleConfig
 
-
-OPTIONS = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 FP8 = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
-
-
-def generate(model, num_samples=2, **options):
-    """Left-padded unless for one sample."""
-    input_ids = random_tokens(num_samples, 8)
-    mask = torch.ones_like(input_ids)
-    if num_samples > 1:
-        mask[0, :3] = 0
-    return model.generate(input_ids=input_ids, attention_mask=mask, **{**OPTIONS, **options})
-
-
-def streams_of(model_type="qwen2", num_streams=3, init_std=0.5, **changes):
-    return with_streams(tiny_model(model_type, **changes), num_streams, init_std=init_std)
-
-
-def with_second_adapter(model):
-    model.add_adapter("four", ParScaleConfig(task_type="CAUSAL_LM", num_streams=4, num_prefix_tokens=5, init_std=0.5))
-    return model.eval()
 
 
 class Recorder(BaseStreamer):
@@ -94,7 +74,7 @@ def test_a_cache_of_the_caller_is_filled_by_generation_and_continued():
         first = generate(model, 1, max_new_tokens=3, past_key_values=cache, return_dict_in_generate=True)
         assert first.past_key_values is cache
         assert cache.get_seq_length() == 8 + 2
-        options = {**OPTIONS, "max_new_tokens": 3}
+        options = {**GREEDY, "max_new_tokens": 3}
         assert torch.equal(model.generate(input_ids=first.sequences, past_key_values=cache, **options), expected)
 
 
@@ -102,7 +82,7 @@ def test_a_static_cache_that_generate_keeps_serves_every_adapter():
     """`generate` holds on to its static cache and empties it between two calls."""
     model = with_second_adapter(streams_of())
     options = {"cache_implementation": "static", "disable_compile": True}
-    for name in ("default", "four", None, "default"):
+    for name in ("default", "second", None, "default"):
         if name is not None:
             model.set_adapter(name)
         with model.disable_adapter() if name is None else contextlib.nullcontext():
@@ -174,7 +154,7 @@ def test_a_compiled_model_is_one_graph_and_follows_switches_of_the_adapter():
     inputs["attention_mask"][0, :3] = 0
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    for name in ("default", "four", "default"):
+    for name in ("default", "second", "default"):
         model.set_adapter(name)
         torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits)
     with model.disable_adapter():

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
+from support.outputs import GREEDY
 from support.tiny_models import random_tokens
 from transformers import DynamicCache, GenerationConfig
 
@@ -12,7 +13,6 @@ from parscale_adapt import ParScaleConfig
 
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-OPTIONS = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 # Convolutions alone, linear attention, state space layers of both kinds; alternating with attention or in one layer.
 HYBRIDS = (
     "lfm2",
@@ -62,7 +62,7 @@ def let_streams_differ(model):
     return model.eval()
 
 
-def streams_of(model_type, **fields):
+def hybrid_streams(model_type, **fields):
     torch.manual_seed(1)
     return let_streams_differ(get_peft_model(backbone(model_type), streams_config(model_type, **fields)))
 
@@ -81,7 +81,7 @@ def padded():
 
 def generate(model, inputs=None, **options):
     torch.manual_seed(0)
-    return model.generate(**inputs or padded(), **OPTIONS | options)
+    return model.generate(**inputs or padded(), **GREEDY | options)
 
 
 def uncached(options):
@@ -91,7 +91,7 @@ def uncached(options):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("model_type", HYBRIDS + WITHOUT_ATTENTION)
 def test_cached_generation_gives_the_tokens_of_uncached_generation(model_type, strategy):
-    model, options = streams_of(model_type), STRATEGIES[strategy]
+    model, options = hybrid_streams(model_type), STRATEGIES[strategy]
     result = generate(model, **options)
     assert torch.equal(result, generate(model, **uncached(options)))
     with model.disable_adapter():
@@ -100,7 +100,7 @@ def test_cached_generation_gives_the_tokens_of_uncached_generation(model_type, s
 
 @pytest.mark.parametrize("model_type", HYBRIDS + WITHOUT_ATTENTION)
 def test_padding_changes_no_token(model_type):
-    model, inputs = streams_of(model_type), padded()
+    model, inputs = hybrid_streams(model_type), padded()
     alone = generate(model, {"input_ids": inputs["input_ids"][:1, 3:]}, use_cache=False)
     assert torch.equal(generate(model)[:1, 3:], alone)
 
@@ -108,7 +108,7 @@ def test_padding_changes_no_token(model_type):
 @torch.no_grad()
 @pytest.mark.parametrize("model_type", HYBRIDS + WITHOUT_ATTENTION)
 def test_a_returned_cache_has_the_batch_of_the_caller_and_goes_on(model_type):
-    model, input_ids = streams_of(model_type), random_tokens(2, 8)  # one chunk of the plain backbones' scans
+    model, input_ids = hybrid_streams(model_type), random_tokens(2, 8)  # one chunk of the plain backbones' scans
     name = "cache_params" if model_type in WITHOUT_ATTENTION else "past_key_values"
     positions = {"position_ids": torch.full((2, 1), 6)} if model_type in HYBRIDS else {}  # bamba doesn't count
     expected = model(input_ids=input_ids, use_cache=False).logits
@@ -129,7 +129,7 @@ def test_a_returned_cache_has_the_batch_of_the_caller_and_goes_on(model_type):
 @pytest.mark.parametrize("num_beams", [1, 3])
 @pytest.mark.parametrize("model_type", HYBRIDS + WITHOUT_ATTENTION)
 def test_samples_of_a_batch_may_run_different_adapters(model_type, num_beams):
-    model = with_second_adapter(streams_of(model_type), model_type)
+    model = with_second_adapter(hybrid_streams(model_type), model_type)
     names, input_ids = ["four", "__base__", "default", "four"], random_tokens(4, 8)
     result = generate(model, {"input_ids": input_ids}, adapter_names=names, num_beams=num_beams)
     for sample, name in enumerate(names):
@@ -145,7 +145,7 @@ def test_samples_of_a_batch_may_run_different_adapters(model_type, num_beams):
 
 @pytest.mark.parametrize("model_type", ["qwen3_next", "falcon_h1", "mamba"])
 def test_a_cache_follows_no_switch_of_the_adapter_until_it_is_emptied(model_type):
-    model = with_second_adapter(streams_of(model_type), model_type)
+    model = with_second_adapter(hybrid_streams(model_type), model_type)
     name = "cache_params" if model_type in WITHOUT_ATTENTION else "past_key_values"
     cache = DynamicCache(config=model.config)
     model(input_ids=random_tokens(2, 8), use_cache=True, **{name: cache})
@@ -161,7 +161,7 @@ def test_a_cache_follows_no_switch_of_the_adapter_until_it_is_emptied(model_type
         assert torch.equal(generate(model, **STATIC), generate(model, use_cache=False))  # `generate` keeps its cache
 
 
-@pytest.mark.parametrize("build", [backbone, streams_of])
+@pytest.mark.parametrize("build", [backbone, hybrid_streams])
 def test_continuous_batching_is_as_far_as_transformers_takes_it(build):
     """It has pages for keys and values only."""
     model = build("qwen3_next")
@@ -170,7 +170,7 @@ def test_continuous_batching_is_as_far_as_transformers_takes_it(build):
 
 
 def test_prompt_lookup_takes_back_guesses_from_convolutions():
-    model = streams_of("lfm2")
+    model = hybrid_streams("lfm2")
     inputs = {"input_ids": torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5, 6]])}
     expected = generate(model, inputs, max_new_tokens=12, use_cache=False)
     assert torch.equal(generate(model, inputs, max_new_tokens=12, prompt_lookup_num_tokens=3), expected)
@@ -180,7 +180,7 @@ def test_prompt_lookup_takes_back_guesses_from_convolutions():
 def test_gradients_need_no_cache_and_are_those_with_one(model_type):
     gradients = []
     for use_cache in (None, False):
-        model = streams_of(model_type).train()
+        model = hybrid_streams(model_type).train()
         model(input_ids=random_tokens(), labels=random_tokens(), use_cache=use_cache).loss.backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
     assert all(gradient.abs().max() > 0 for gradient in gradients[0])

@@ -2,31 +2,13 @@
 
 import pytest
 import torch
-from support.tiny_models import random_tokens, tiny_model, with_streams
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from support.memory import NewTensors
+from support.tiny_models import random_tokens, streams_of
 from transformers import DynamicCache, StaticCache
 
 
 P, B, T, N = 3, 2, 20, 3  # up to 16 tokens count as decoding where there is a mask
 NUM_HEADS = 4
-
-
-class NewTensors(TorchDispatchMode):
-    """Collects the tensors that operations inside the block allocate, and keeps them alive."""
-
-    def __init__(self, *known):
-        super().__init__()
-        self.storages = {tensor.untyped_storage()._cdata for tensor in known}
-        self.tensors = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        output = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.storages:
-                self.storages.add(tensor.untyped_storage()._cdata)
-                self.tensors.append(tensor)
-        return output
 
 
 @pytest.fixture
@@ -40,10 +22,6 @@ def sdpa_calls(monkeypatch):
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
     return calls
-
-
-def streams_of(model_type="qwen2", **changes):
-    return with_streams(tiny_model(model_type, "sdpa", **changes), P, num_prefix_tokens=N)
 
 
 @pytest.mark.parametrize("mask", [None, torch.ones(B, T, dtype=torch.long)], ids=["none", "nothing padded"])

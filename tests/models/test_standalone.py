@@ -4,26 +4,22 @@ import copy
 
 import pytest
 import torch
+from support.outputs import logits
 from support.tiny_models import random_tokens, tiny_model, with_streams
 from transformers import AutoConfig, Qwen2ForCausalLM
 
 from parscale_adapt.models.standalone import standalone_classes, standalone_name
 
 
-@torch.no_grad()
-def logits_of(model, **inputs):
-    return model(random_tokens(), **inputs).logits
-
-
 @pytest.mark.parametrize("model_type", ["qwen2", "gpt2", "deepseek_v3", "qwen3_moe"])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_the_merged_model_computes_the_same_without_peft(model_type, implementation):
     model = with_streams(tiny_model(model_type, implementation), num_streams=3)
-    expected = logits_of(model)
+    expected = logits(model)
     merged = model.merge_and_unload()
     assert not [name for name, _ in merged.named_modules() if "parscale_" in name]
     assert not hasattr(merged, "peft_config")
-    torch.testing.assert_close(logits_of(merged), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(logits(merged), expected, atol=1e-6, rtol=0)
     greedy = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
     without_cache = merged.generate(random_tokens(), use_cache=False, **greedy)
     assert torch.equal(merged.generate(random_tokens(), **greedy), without_cache)
@@ -52,32 +48,32 @@ def test_classes_of_one_backbone_are_the_same_every_time():
 def test_the_adapter_to_keep_can_be_named():
     model = with_streams(tiny_model(), num_streams=2, seed=1)
     other = with_streams(tiny_model(), num_streams=4, seed=5)
-    expected = logits_of(other)
+    expected = logits(other)
     model.add_adapter("other", copy.deepcopy(other.peft_config["default"]))
     state = {
         name.replace(".default.", ".other."): value for name, value in other.state_dict().items() if "parscale" in name
     }
     model.load_state_dict(state, strict=False)
-    torch.testing.assert_close(logits_of(model.merge_and_unload(adapter_names=["other"])), expected)
+    torch.testing.assert_close(logits(model.merge_and_unload(adapter_names=["other"])), expected)
 
 
 @pytest.mark.parametrize("names", [["default", "other"], ["unknown"]])
 def test_anything_but_one_loaded_adapter_is_refused_and_changes_nothing(names):
     model = with_streams(tiny_model())
     model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
-    expected = logits_of(model)
+    expected = logits(model)
     with pytest.raises(
         ValueError, match=r"Streams of one loaded adapter can be merged, got .*: name one of \['default', "
     ):
         model.merge_and_unload(adapter_names=names)
-    assert torch.equal(logits_of(model), expected)
+    assert torch.equal(logits(model), expected)
 
 
 def test_a_reparameterized_prefix_is_folded():
     model = with_streams(tiny_model(), init_weights="reparameterized")
-    expected = logits_of(model)
+    expected = logits(model)
     merged = model.merge_and_unload()
-    torch.testing.assert_close(logits_of(merged), expected)
+    torch.testing.assert_close(logits(merged), expected)
     assert merged.get_parameter("model.layers.0.self_attn.parscale.prefix_k.weight").shape == (2, 2, 3, 8)
 
 
@@ -98,7 +94,7 @@ def test_hidden_states_of_the_base_model_are_the_mixed_ones():
     with torch.no_grad():
         states = merged.model(random_tokens()).last_hidden_state
         assert states.shape == (2, 9, 32)
-        assert torch.equal(merged.lm_head(states), logits_of(merged))
+        assert torch.equal(merged.lm_head(states), logits(merged))
 
 
 def test_from_the_configuration_alone_streams_start_as_new_ones():
@@ -108,7 +104,7 @@ def test_from_the_configuration_alone_streams_start_as_new_ones():
     prefix = fresh.get_parameter("model.layers.0.self_attn.parscale.prefix_k.weight")
     assert 0.01 < prefix.std().item() < 0.03
     assert torch.equal(fresh.get_parameter("model.parscale.aggregator.2.bias"), torch.zeros(2))
-    assert logits_of(fresh).isfinite().all()
+    assert logits(fresh).isfinite().all()
 
 
 # Falcon H1 computes buffers of its layers when its decoder is initialized.
@@ -130,7 +126,7 @@ def test_a_saved_model_is_read_back_by_its_own_class(tmp_path, model_type, chang
     assert AutoConfig.from_pretrained(tmp_path, trust_remote_code=True).parscale == merged.config.parscale
     buffers = dict(again.named_buffers())
     assert all(torch.equal(buffers[name], buffer) for name, buffer in merged.named_buffers())
-    torch.testing.assert_close(logits_of(again.eval()), logits_of(merged))
+    torch.testing.assert_close(logits(again.eval()), logits(merged))
 
 
 def test_a_backbone_of_code_from_elsewhere_is_refused_and_left_as_it_was():
@@ -138,10 +134,10 @@ def test_a_backbone_of_code_from_elsewhere_is_refused_and_left_as_it_was():
         pass
 
     model = with_streams(OwnForCausalLM(tiny_model().config).eval())
-    expected = logits_of(model)
+    expected = logits(model)
     with pytest.raises(ValueError, match=r"classes are part of transformers, got .*\.OwnForCausalLM"):
         model.merge_and_unload()
-    assert torch.equal(logits_of(model), expected)
+    assert torch.equal(logits(model), expected)
 
 
 def test_a_quantized_backbone_is_refused():

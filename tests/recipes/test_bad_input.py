@@ -4,7 +4,11 @@ import json
 
 import pytest
 from peft import LoraConfig, get_peft_model
+from support.recipe_runs import REPOSITORY
 from transformers import AutoModelForCausalLM
+
+
+SFT_DEMO = REPOSITORY / "recipes" / "configs" / "sft" / "demo.yaml"
 
 
 def refusal(result, loads_weights=False):
@@ -41,11 +45,12 @@ def finished(recipes, material):
         ({"attn_implementation": "flash_attention_9"}, "`attn_implementation` must be one of eager, sdpa"),
         ({"attn_implementation": "flash_attention_3"}, "needs a package that isn't installed"),
         ({"model_name_or_path": "./nothing/here"}, "where no folder is"),
-        ({"text_field": "code"}, "has no field 'code'; its fields are text"),
+        ({"text_field": "code"}, "has no field 'code': its fields are text"),
         ({"dataset_name": "./missing.jsonl"}, "missing.jsonl"),
         ({"dataset_split": "validation"}, "'validation'"),
         ({"streaming": True, "max_steps": -1}, "give `--max_steps`"),
-        ({"adapter_name_or_path": "./nothing/here"}, "adapter_config.json"),
+        ({"adapter_name_or_path": "./nothing/here"}, "There is no folder ./nothing/here"),
+        ({"verify_backbone": False}, "`verify_backbone=False` lets an adapter run on another backbone"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -105,6 +110,9 @@ def test_the_same_run_again_needs_resume(recipes, finished):
         ({"train_backbone": False}, "`streams.train_backbone` is True there and False here"),
         ({"model_name_or_path": "gpt2"}, "`backbone`"),
         ({"learning_rate": 1e-4}, "`learning_rate` is 0.001 there and 0.0001 here"),
+        ({"warmup_steps": 1}, "`warmup_steps` is 0 there and 1"),
+        ({"adam_beta2": 0.95}, "`adam_beta2` is 0.999 there and 0.95 here"),
+        ({"max_grad_norm": 0.5}, "`max_grad_norm` is 1.0 there and 0.5 here"),
     ],
 )
 @pytest.mark.parametrize("resume", [True, None])
@@ -139,7 +147,11 @@ def test_a_start_that_trained_nothing_does_not_hold_the_folder(recipes, material
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"num_streams": 8}, "`num_streams` is 8 but the adapter"),
+        ({"num_streams": 8}, "`num_streams` is 8, but the adapter"),
+        ({"num_streams": 4}, "`num_streams` is 4, but the adapter"),  # the default, but given
+        ({"num_streams": None, "num-streams": 4}, "`num_streams` is 4, but the adapter"),
+        ({"num_streams": None, "config": SFT_DEMO}, "`num_streams` is 4, but the adapter"),
+        ({"init_weights": "tokens"}, "`init_weights` is 'tokens', but the adapter"),
         ({"load_in_4bit": True}, "carries a trained backbone, which 4-bit weights can't hold"),
     ],
 )
@@ -152,7 +164,7 @@ def test_an_adapter_of_another_method_is_refused(recipes, material, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(material.backbone)
     get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])).save_pretrained(tmp_path)
     result = recipes.run("sft", **material.sft_options(adapter_name_or_path=tmp_path))
-    assert "holds a LORA adapter, not a ParScale one" in refusal(result)
+    assert "must hold a ParScale adapter, got one of the method LORA" in refusal(result)
 
 
 @pytest.mark.parametrize(

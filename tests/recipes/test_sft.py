@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 import torch
-from support.recipe_runs import reloaded_logits
+from support.recipe_runs import REPOSITORY, reloaded_logits
 
 
 GSM8K = pathlib.Path(__file__).parents[1] / "material" / "gsm8k.jsonl"
@@ -81,6 +81,16 @@ def test_the_same_streams_go_on(recipes, material, pretrained, cpt_full, sft_ful
         moved = [not torch.equal(after.tensors[name], before[name]) for name in backbone]
         assert all(moved) if sft_full else not any(moved)
     check_saved(after)
+
+
+def test_the_shipped_config_goes_on_with_its_own_number_of_streams(recipes, material):
+    streams = {"num_streams": 4, "num_prefix_tokens": 16, "init_weights": "tokens"}
+    before = recipes.run("cpt", **material.cpt_options(max_steps=1, **streams)).check()
+    config = REPOSITORY / "recipes" / "configs" / "sft" / "demo.yaml"
+    options = material.sft_options(config=config, adapter_name_or_path=before.output_dir, max_steps=1)
+    result = recipes.run("sft", **{**options, "num_streams": None, "num_prefix_tokens": None}).check()
+    assert result.adapter_config["num_streams"] == result.metrics["num_streams"] == 4
+    assert result.tensors.keys() == before.tensors.keys()
 
 
 def test_real_questions(recipes, material):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from support.quantized import load_in_4bit
-from support.recipe_runs import PROBE, reloaded_logits
+from support.recipe_runs import probe_logits, reloaded_logits
 from support.tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -38,18 +38,13 @@ def test_the_backbone_trains_with_the_streams(recipes, material):
     assert torch.equal(reloaded_logits(result.output_dir), result.logits())
 
 
-@torch.no_grad()
-def logits(model):
-    return model.eval()(input_ids=PROBE, use_cache=False).logits
-
-
 @pytest.mark.parametrize("transform", ["lora", "bitfit"])
 def test_a_4bit_backbone_carries_transforms(recipes, material, transform):
     pytest.importorskip("bitsandbytes")
     options = material.cpt_options(stream_transform=transform, num_prefix_tokens=None, load_in_4bit=True)
     result = recipes.run("cpt", **options).check()
-    plain = logits(load_in_4bit(material.backbone))
-    found = logits(PeftModel.from_pretrained(load_in_4bit(material.backbone), result.output_dir))
+    plain = probe_logits(load_in_4bit(material.backbone))
+    found = probe_logits(PeftModel.from_pretrained(load_in_4bit(material.backbone), result.output_dir))
     torch.testing.assert_close(found, result.logits(), atol=1e-5, rtol=0)
     assert (found - plain).abs().max() > 1e-3
 
@@ -69,7 +64,7 @@ def test_a_4bit_backbone_carries_shared_lora(material, tmp_path):
         assert not parameter.requires_grad or parameter.grad.any(), name
     model.save_pretrained(tmp_path)
     reloaded = PeftModel.from_pretrained(load_in_4bit(material.backbone), tmp_path)
-    torch.testing.assert_close(logits(reloaded), logits(model), atol=1e-5, rtol=0)
+    torch.testing.assert_close(probe_logits(reloaded), probe_logits(model), atol=1e-5, rtol=0)
 
 
 def test_saves_with_shared_lora_are_whole_and_verified(tmp_path):
@@ -91,7 +86,7 @@ def test_the_trained_adapter_is_found_by_the_auto_class(recipes, material):
     assert model.peft_config["default"].stream_transform == "bitfit"
     assert {name for name, _ in model.named_parameters() if "parscale_transform" in name} != set()
     plain = AutoModelForCausalLM.from_pretrained(material.backbone)
-    assert (logits(model) - logits(plain)).abs().max() > 1e-3
+    assert (probe_logits(model) - probe_logits(plain)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(

@@ -196,9 +196,9 @@ def damaged(material, folder, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("code from the hub", "is no standalone export: its config.json should name classes of modeling_parscale.py"),
-        ("other code", "is no standalone export: its config.json should name classes of modeling_parscale.py"),
-        ("no map", "is no standalone export: its config.json should name classes of modeling_parscale.py"),
+        ("code from the hub", "must name classes of modeling_parscale.py, got"),
+        ("other code", "must name classes of modeling_parscale.py, got"),
+        ("no map", "must name classes of modeling_parscale.py, got"),
         ("no code", "is incomplete, it lacks modeling_parscale.py"),
         ("no tokenizer", "There is no tokenizer in"),
         ("broken json", "is damaged, it is no JSON"),

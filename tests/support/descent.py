@@ -30,9 +30,3 @@ def descend(model, num_steps, learning_rate=0.05):
                 parameter -= learning_rate * parameter.grad
     model.eval()
     return results
-
-
-@torch.no_grad()
-def logits(model, **inputs):
-    """For the usual tokens, or for `inputs`."""
-    return model(**(inputs or {"input_ids": random_tokens()})).logits

@@ -8,6 +8,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from parscale_adapt import ParScaleConfig
+from support.outputs import GREEDY, logits
 from support.tiny_models import random_tokens, tiny_model
 
 
@@ -33,7 +34,6 @@ CASES = [("qwen2", method) for method in METHODS] + [
     ("qwen3_moe", "BitFit"),
     ("deepseek_v3", "prefix"),
 ]
-GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
 def config(method: str, **fields) -> PeftConfig:
@@ -72,16 +72,10 @@ def add(model: PeftModel, method: str, adapter_name: str, seed: int = 2, **field
     model.eval()
 
 
-@torch.no_grad()
-def outputs(model: torch.nn.Module) -> torch.Tensor:
-    """Logits of two random samples `[2, 9, vocabulary]`."""
-    return model(input_ids=random_tokens()).logits
-
-
 @lru_cache
 def plain(model_type: str = "qwen2") -> torch.Tensor:
     """Logits of the plain backbone."""
-    return outputs(tiny_model(model_type))
+    return logits(tiny_model(model_type))
 
 
 def trainable(model: torch.nn.Module) -> set[str]:
@@ -96,10 +90,6 @@ def tensors_of(model: torch.nn.Module, adapter_name: str) -> set[str]:
 
 def tuner_layers(model: torch.nn.Module) -> list[BaseTunerLayer]:
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-
-
-def close(result: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> None:
-    torch.testing.assert_close(result, expected, atol=tolerance, rtol=tolerance)
 
 
 def scores(model: torch.nn.Module, **options) -> torch.Tensor:

@@ -23,7 +23,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType
 from torch.distributed.tensor import DTensor
 
-from parscale_adapt.training import StreamTrainer
+from parscale_adapt.training import StreamTrainer, failures
 from support.recipe_runs import PROBE
 
 
@@ -53,6 +53,7 @@ def _execute_here(run: dict) -> int:
     if run["fsdp_on_cpu"]:
         _shard_on_cpu()
     _partition_small_parameters()
+    failures.SECONDS_FOR_THE_MAIN_PROCESS = 0  # nobody ends the other ranks of a fork
     if run["kill_after"] is not None:
         timer = threading.Timer(run["kill_after"], os.kill, (os.getpid(), signal.SIGKILL))
         timer.daemon = True

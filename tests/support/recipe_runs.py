@@ -62,10 +62,14 @@ class Run:
 
 
 @torch.no_grad()
+def probe_logits(model: torch.nn.Module) -> torch.Tensor:
+    """What a model says to [`PROBE`]."""
+    return model.eval()(input_ids=PROBE, use_cache=False).logits
+
+
 def reloaded_logits(folder: Path) -> torch.Tensor:
     """What a saved adapter, put on its backbone by PEFT, says to [`PROBE`]."""
-    model = AutoPeftModelForCausalLM.from_pretrained(folder).eval()
-    return model(input_ids=PROBE, use_cache=False).logits
+    return probe_logits(AutoPeftModelForCausalLM.from_pretrained(folder))
 
 
 @dataclass

@@ -74,6 +74,25 @@ def with_streams(
     return get_peft_model(model, ParScaleConfig(num_streams=num_streams, **fields), adapter_name).eval()
 
 
+def streams_of(
+    model_type: str = "qwen2",
+    num_streams: int = 3,
+    implementation: str | None = None,
+    init_std: float = 0.5,
+    **changes,
+) -> PeftModel:
+    """A tiny model, whose configuration has `changes`, with an adapter; under sdpa where it knows sdpa."""
+    implementation = implementation or ("eager" if model_type == "gpt_oss" else "sdpa")
+    return with_streams(tiny_model(model_type, implementation, **changes), num_streams, init_std=init_std)
+
+
+def with_second_adapter(model: PeftModel, num_streams: int = 4) -> PeftModel:
+    """The model with one more adapter, `"second"`, which is not active yet."""
+    fields = {"num_streams": num_streams, "num_prefix_tokens": 5, "init_std": 0.5}
+    model.add_adapter("second", ParScaleConfig(task_type="CAUSAL_LM", **fields))
+    return model.eval()
+
+
 def random_tokens(batch_size: int = 2, length: int = 9, seed: int = 2) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCABULARY, (batch_size, length), generator=generator)

@@ -41,5 +41,5 @@ def test_packed_rows_are_trained_in_the_order_of_the_mixture(tmp_path):
 
 @pytest.mark.parametrize("option", ["packing", "padding_free"])
 def test_packing_by_trl_is_refused(tmp_path, option):
-    with pytest.raises(ValueError, match="have no effect here: rows are packed already"):
+    with pytest.raises(ValueError, match=f"`{option}` has no effect in cpt.py, got True: rows are packed already"):
         prepare_packed_training(packed_arguments(tmp_path, **{option: True}), BackboneArguments())

@@ -74,6 +74,12 @@ def batches_of(result, rank):
     return [(batch["step"], batch["ids"], batch["loss"]) for batch in result.batches(rank)]
 
 
+def assert_streams_are_logged(result):
+    for entry in result.metrics["log_history"]:
+        if "loss" in entry:
+            assert sum(entry[f"stream_weight/{stream}"] for stream in range(2)) == pytest.approx(1, abs=1e-5)
+
+
 def assert_resumed_exactly(runs, name):
     whole, later = runs[name], runs[f"{name}_resumed"]
     for rank in range(2):
@@ -90,6 +96,7 @@ def test_zero3_trains_as_one_process(zero3, alone, name):
     assert result.metrics["num_params"] == alone[name].metrics["num_params"]
     assert_agree(result, alone[name])
     assert_saved(result)
+    assert_streams_are_logged(result)
 
 
 @pytest.mark.parametrize("name", ["frozen", "full"])
@@ -124,6 +131,7 @@ def test_fsdp2_trains_as_one_process(fsdp2, alone, name):
     assert result.batches()[0]["kinds"] == kinds, "not sharded"
     assert_agree(result, alone[name])
     assert_saved(result)
+    assert_streams_are_logged(result)
 
 
 def test_fsdp2_resumes_exactly(fsdp2):
@@ -158,4 +166,5 @@ def test_ddp_trains_as_one_process(material, alone, tmp_path):
     launch("ddp", tmp_path / "launch", script, command_line({"output_dir": tmp_path / "run", **options}))
     result = Result(0, tmp_path / "run", tmp_path)
     assert_agree(result, alone["full"])
+    assert_streams_are_logged(result)
     assert torch.isfinite(reloaded_logits(result.output_dir)).all()

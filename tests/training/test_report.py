@@ -3,7 +3,8 @@
 import pytest
 import yaml
 
-from parscale_adapt.training.report import environment, plot_loss, write_card
+from parscale_adapt.training.plots import plot_loss
+from parscale_adapt.training.report import environment, write_card
 
 
 METRICS = {

@@ -7,7 +7,14 @@ import pytest
 from parscale_adapt.training.run_folder import RunFolder
 
 
-IDENTITY = {"seed": 0, "streams": {"num_streams": 2}, "data": ["a"]}
+IDENTITY = {
+    "seed": 0,
+    "streams": {"num_streams": 2},
+    "data": ["a"],
+    "adapter": None,
+    "lr_scheduler_kwargs": None,
+    "model_init_kwargs": {"dtype": "float32"},
+}
 
 
 def checkpoint(folder, step, is_complete=True):
@@ -58,11 +65,14 @@ def test_the_same_run_is_not_overwritten(folder):
         RunFolder(folder, IDENTITY).open(None)
 
 
-def test_a_finished_run_is_not_overwritten(tmp_path):
+@pytest.mark.parametrize("name", ["metrics.json", "verified_save.json"])
+def test_a_trained_model_is_not_overwritten_measured_or_not(tmp_path, name):
     RunFolder(tmp_path, IDENTITY).open(None)
-    (tmp_path / "metrics.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"already holds this run \(metrics.json\)"):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match=rf"already holds this run \({name}\)"):
         RunFolder(tmp_path, IDENTITY).open(None)
+    with pytest.raises(ValueError, match="holds a different run: `seed`"):
+        RunFolder(tmp_path, {**IDENTITY, "seed": 1}).open(None)
 
 
 @pytest.mark.parametrize("resume", [None, "true"])
@@ -73,12 +83,26 @@ def test_a_finished_run_is_not_overwritten(tmp_path):
         ({"streams": {"num_streams": 4}}, "`streams.num_streams` is 2 there and 4 here"),
         ({"data": ["a", "b"]}, r"`data` is \['a'\] there and \['a', 'b'\] here"),
         ({"adapter": "x"}, "`adapter` is None there and 'x' here"),
+        ({"lr_scheduler_kwargs": {"min_lr": 1e-5}}, "`lr_scheduler_kwargs` is None there and {'min_lr': 1e-05} here"),
+        ({"model_init_kwargs": {}}, "`model_init_kwargs` is {'dtype': 'float32'} there and {} here"),
     ],
 )
 def test_another_run_is_refused(folder, changes, message, resume):
     with pytest.raises(ValueError, match=message):
         RunFolder(folder, {**IDENTITY, **changes}).open(resume)
     assert json.loads((folder / "run.json").read_text()) == IDENTITY
+
+
+def test_a_run_of_another_version_is_compared_in_what_both_know(folder, capsys):
+    newer = {**IDENTITY, "streams": {"num_streams": 2, "aggregator": "dynamic"}, "warmup_steps": 10}
+    with pytest.raises(ValueError, match="`seed` is 0 there and 1 here"):
+        RunFolder(folder, {**newer, "seed": 1}).open("true")
+    assert RunFolder(folder, newer).open("true") == str(folder / "checkpoint-10")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "was started by another version" in line
+    assert "can't be compared: streams.aggregator, warmup_steps. Make sure" in line
+    with pytest.raises(ValueError, match="`warmup_steps` is 10 there and 20 here"):
+        RunFolder(folder, {**newer, "warmup_steps": 20}).open("true")
 
 
 def test_a_run_that_trained_nothing_gives_way(tmp_path):

@@ -1,5 +1,8 @@
 """The weights of the streams in the logs of trainers that know nothing of streams."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from datasets import Dataset
@@ -11,6 +14,7 @@ from trl import DPOConfig, DPOTrainer
 from parscale_adapt.core.aggregator import Aggregator
 from parscale_adapt.core.weight_statistics import stream_statistics
 from parscale_adapt.training.stream_statistics import StreamStatisticsCallback
+from parscale_adapt.training.trainer import StreamTrainer
 
 
 NAMES = {"stream_entropy", *(f"stream_{name}/{p}" for name in ("weight", "largest") for p in range(3))}
@@ -69,10 +73,23 @@ def test_a_dpo_trainer_logs_the_streams_and_its_trackers_see_them(tmp_path):
         assert not any("stream_entropy" in entry for entry in logs if "loss" not in entry)
 
 
-def test_what_is_logged_is_the_latest_batch_without_its_padding(tmp_path):
-    model = with_streams(tiny_model(), 3)
-    trainer = trainer_of(model, tmp_path, learning_rate=0.0)
+def any_trainer(model, folder):
+    trainer = trainer_of(model, folder, learning_rate=0.0)
     StreamStatisticsCallback.add_to(trainer)
+    return trainer
+
+
+def stream_trainer(model, folder):
+    arguments = trainer_of(model, folder, learning_rate=0.0).args
+    return StreamTrainer(model, arguments, train_dataset=rows_of_uneven_lengths(), processing_class=word_tokenizer())
+
+
+@pytest.mark.parametrize("trainer_with", [any_trainer, stream_trainer])
+def test_what_is_logged_is_the_latest_batch_without_its_padding(tmp_path, trainer_with):
+    model = with_streams(tiny_model(), 3)
+    trainer = trainer_with(model, tmp_path)
+    tracker = Tracker()
+    trainer.add_callback(tracker)
     trainer.train()
     inputs = next(iter(trainer.get_train_dataloader()))
     mask = inputs["attention_mask"] if "attention_mask" in inputs else inputs["labels"] != -100
@@ -85,6 +102,7 @@ def test_what_is_logged_is_the_latest_batch_without_its_padding(tmp_path):
     expected = stream_statistics(aggregator.last_weights, mask)
     logged = trainer.state.log_history[0]
     assert {name: logged[name] for name in NAMES} == pytest.approx(expected, rel=1e-4)
+    assert tracker.logs[0].items() >= {name: logged[name] for name in NAMES}.items()
     assert stream_statistics(aggregator.last_weights) != pytest.approx(expected, rel=1e-3)
 
 
@@ -104,3 +122,16 @@ def test_a_model_without_streams_is_refused(tmp_path):
     StreamStatisticsCallback.add_to(trainer)
     with pytest.raises(ValueError, match="no active ParScale adapter with several streams"):
         trainer.train()
+
+
+def test_neither_callback_nor_trainer_needs_plots():
+    code = (
+        "import sys\n"
+        "import parscale_adapt.training.stream_statistics\n"
+        "print(sorted({'matplotlib', 'rich', 'trl', 'deepspeed'} & {*sys.modules}))\n"
+        "import parscale_adapt.training.trainer\n"
+        "print(sorted({'matplotlib', 'deepspeed'} & {*sys.modules}))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-2:] == ["[]", "[]"]

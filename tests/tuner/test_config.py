@@ -3,7 +3,8 @@ import json
 import math
 
 import pytest
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel, PeftModelForCausalLM, TaskType, get_peft_model
+from support.tiny_models import random_tokens, tiny_model
 
 from parscale_adapt import ParScaleConfig
 from parscale_adapt.tuner.config import ParScaleArguments
@@ -51,6 +52,26 @@ def test_the_defaults_are_those_of_the_paper():
 def test_modules_to_save_beside_a_trained_backbone_are_refused():
     with pytest.raises(ValueError, match=r"`modules_to_save` names parts of the backbone, got \['lm_head'\]"):
         ParScaleConfig(train_backbone=True, modules_to_save=["lm_head"])
+
+
+def test_streams_are_for_causal_language_models_unless_said_otherwise():
+    assert ParScaleConfig().task_type == "CAUSAL_LM"
+    model = get_peft_model(tiny_model(), ParScaleConfig(num_streams=2, num_prefix_tokens=3)).eval()
+    assert isinstance(model, PeftModelForCausalLM)
+    options = {"max_new_tokens": 3, "do_sample": False, "adapter_names": ["default", "__base__"]}
+    assert model.generate(input_ids=random_tokens(), **options).shape == (2, 12)
+    assert type(get_peft_model(tiny_model(), ParScaleConfig(task_type=None))) is PeftModel
+
+
+@pytest.mark.parametrize(
+    "task_type", [TaskType.SEQ_CLS, "TOKEN_CLS", "SEQ_2_SEQ_LM", "QUESTION_ANS", "FEATURE_EXTRACTION"]
+)
+def test_other_tasks_are_refused(task_type):
+    message = f"`task_type` must be 'CAUSAL_LM', got '{TaskType(task_type).value}': streams run through the decoder"
+    with pytest.raises(ValueError, match=message):
+        ParScaleConfig(task_type=task_type)
+    with pytest.raises(ValueError, match="Invalid task type: 'CHESS'"):
+        ParScaleConfig(task_type="CHESS")
 
 
 def test_target_modules_are_refused_from_users_and_read_from_files():

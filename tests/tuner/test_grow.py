@@ -4,8 +4,9 @@ import itertools
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from support.descent import descend, logits, stirred
+from support.descent import descend, stirred
 from support.oracle import logits_by_hand
+from support.outputs import logits
 from support.tiny_models import random_tokens, tiny_model
 
 from parscale_adapt import ParScaleConfig, grow_streams
@@ -68,8 +69,7 @@ def test_a_small_perturbation_sets_copies_apart_and_hardly_changes_the_function(
             assert distance.item() == pytest.approx(0.01, rel=0.4), name
         assert not torch.equal(*copies)
     change = (logits_of(model, "large") - expected).abs().max()
-    assert 0 < change < 0.1
-    assert change < 0.1 * (expected - logits(tiny_model())).abs().max()
+    assert 0 < change < 0.1 * (expected - logits(tiny_model())).abs().max()
 
 
 @pytest.mark.parametrize("perturbation", [0.0, 0.01])

@@ -19,16 +19,14 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from support.outputs import GREEDY, close, logits
 from support.peft_methods import (
     CASES,
-    GREEDY,
     METHODS,
     PARSCALE,
     adapted,
     add,
-    close,
     config,
-    outputs,
     plain,
     scores,
     tensors_of,
@@ -50,26 +48,26 @@ def test_a_peft_model_has_what_its_users_call(method):
     assert model.get_input_embeddings().weight.shape == (VOCABULARY, 32)
     assert model.base_model.targeted_module_names
     assert tensors_of(model, "test-adapter") == trainable(model) != set()
-    assert torch.equal(model(random_tokens(), return_dict=False)[0], outputs(model))
+    assert torch.equal(model(random_tokens(), return_dict=False)[0], logits(model))
 
 
 @pytest.mark.parametrize(("model_type", "method"), CASES)
 def test_disabled_it_is_the_backbone_and_enabled_again_it_is_the_adapter(model_type, method):
     model = adapted(method, model_type)
-    expected, expected_scores = outputs(model), scores(model)
+    expected, expected_scores = logits(model), scores(model)
     assert not torch.allclose(expected, plain(model_type), atol=1e-3)
     with model.disable_adapter():
-        assert torch.equal(outputs(model), plain(model_type))
+        assert torch.equal(logits(model), plain(model_type))
         close(scores(model), scores(tiny_model(model_type)), 1e-5)
         assert not model.get_model_status().enabled
-    assert torch.equal(outputs(model), expected)
+    assert torch.equal(logits(model), expected)
     close(scores(model), expected_scores, 1e-5)
     model.base_model.disable_adapter_layers()
     with model.disable_adapter():
-        assert torch.equal(outputs(model), plain(model_type))
-    assert torch.equal(outputs(model), plain(model_type))
+        assert torch.equal(logits(model), plain(model_type))
+    assert torch.equal(logits(model), plain(model_type))
     model.base_model.enable_adapter_layers()
-    assert torch.equal(outputs(model), expected)
+    assert torch.equal(logits(model), expected)
     assert trainable(model) == tensors_of(model, "default")
 
 
@@ -78,14 +76,14 @@ def test_what_happens_while_disabled_counts_afterwards(method):
     model = adapted(method)
     with model.disable_adapter():
         add(model, method, "other")
-        assert torch.equal(outputs(model), plain())
+        assert torch.equal(logits(model), plain())
     assert model.active_adapters == ["default"]
-    assert torch.equal(outputs(model), outputs(adapted(method)))
+    assert torch.equal(logits(model), logits(adapted(method)))
     model.base_model.disable_adapter_layers()
     model.delete_adapter("default")
-    assert torch.equal(outputs(model), plain())
+    assert torch.equal(logits(model), plain())
     model.base_model.enable_adapter_layers()
-    assert torch.equal(outputs(model), outputs(adapted(method, seed=2)))
+    assert torch.equal(logits(model), logits(adapted(method, seed=2)))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -121,7 +119,7 @@ def test_a_new_adapter_keeps_the_mode_of_what_was_there(method, training):
 @pytest.mark.parametrize(("model_type", "method"), CASES)
 def test_deleting_the_active_adapter_activates_another_and_deleting_all_leaves_the_backbone(model_type, method):
     model = adapted(method, model_type)
-    expected = outputs(model)
+    expected = logits(model)
     for seed, name in enumerate(("active", "idle"), 2):
         add(model, method, name, seed=seed)
     model.set_adapter("active")
@@ -134,13 +132,13 @@ def test_deleting_the_active_adapter_activates_another_and_deleting_all_leaves_t
         containers = [getattr(layer, name) for name in (*layer.adapter_layer_names, *layer.other_param_names)]
         assert all(not {"active", "idle"} & set(container) for container in containers)
     assert tensors_of(model, "active") | tensors_of(model, "idle") == set()
-    assert torch.equal(outputs(model), expected)
+    assert torch.equal(logits(model), expected)
     assert trainable(model) == tensors_of(model, "default")
     with pytest.raises(ValueError, match="Adapter unknown does not exist"):
         model.delete_adapter("unknown")
     model.delete_adapter("default")
     assert model.active_adapters == list(model.peft_config) == []
-    assert torch.equal(outputs(model.base_model), plain(model_type))
+    assert torch.equal(logits(model.base_model), plain(model_type))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -159,10 +157,10 @@ def test_after_the_last_adapter_was_deleted_a_new_one_can_be_added_or_all_be_unl
     model.delete_adapter("default")
     add(model, method, "new")
     model.set_adapter("new")
-    assert torch.equal(outputs(model), outputs(adapted(method, seed=2)))
+    assert torch.equal(logits(model), logits(adapted(method, seed=2)))
     model.delete_adapter("new")
     unloaded = model.unload()
-    assert torch.equal(outputs(unloaded), plain())
+    assert torch.equal(logits(unloaded), plain())
     assert list(unloaded.state_dict()) == list(tiny_model().state_dict())
 
 
@@ -170,13 +168,13 @@ def test_after_the_last_adapter_was_deleted_a_new_one_can_be_added_or_all_be_unl
 def test_unloading_gives_the_plain_backbone_and_merging_the_adapter_without_peft(model_type, method):
     for unload in (True, False):
         model = adapted(method, model_type)
-        with_adapter = outputs(model)
+        with_adapter = logits(model)
         bare = model.unload() if unload else model.merge_and_unload()
         assert tuner_layers(bare) == []
         assert not hasattr(bare, "peft_config")
-        close(outputs(bare), plain(model_type) if unload else with_adapter)
+        close(logits(bare), plain(model_type) if unload else with_adapter)
         if unload:
-            assert torch.equal(outputs(bare), plain(model_type))
+            assert torch.equal(logits(bare), plain(model_type))
             assert list(bare.state_dict()) == list(tiny_model(model_type).state_dict())
 
 
@@ -184,11 +182,11 @@ def test_unloading_gives_the_plain_backbone_and_merging_the_adapter_without_peft
 def test_the_named_adapter_is_merged_in_a_copy_without_touching_the_original(method):
     model = adapted(method)
     add(model, method, "other")
-    expected = outputs(model)
+    expected = logits(model)
     for name, seed in (("other", 2), ("default", 1)):
         merged = copy.deepcopy(model).merge_and_unload(adapter_names=[name])
-        close(outputs(merged), outputs(adapted(method, seed=seed)))
-    assert torch.equal(outputs(model), expected)
+        close(logits(merged), logits(adapted(method, seed=seed)))
+    assert torch.equal(logits(model), expected)
 
 
 @pytest.mark.parametrize("method", PARSCALE)
@@ -246,13 +244,13 @@ def test_a_name_that_no_module_can_have_is_refused_and_leaves_the_backbone_as_it
     with pytest.raises((KeyError, ValueError)):
         model.add_adapter(name, config(method))
     assert list(model.peft_config) == model.active_adapters == ["default"]
-    assert torch.equal(outputs(model), outputs(adapted(method)))
+    assert torch.equal(logits(model), logits(adapted(method)))
     backbone = tiny_model()
     with pytest.raises((KeyError, ValueError)):
         get_peft_model(backbone, config(method), name)
     assert tuner_layers(backbone) == []
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in backbone.modules())
-    assert torch.equal(outputs(backbone), plain())
+    assert torch.equal(logits(backbone), plain())
 
 
 def test_a_name_that_files_cannot_hold_is_refused():
@@ -263,7 +261,7 @@ def test_a_name_that_files_cannot_hold_is_refused():
 @pytest.mark.parametrize("method", ["LoRA", "prefix and LoRA", "one stream with LoRA"])
 def test_an_adapter_that_could_not_be_added_leaves_nothing_behind(method):
     model = adapted(method)
-    names, expected = list(model.state_dict()), outputs(model)
+    names, expected = list(model.state_dict()), logits(model)
     fields = {"r": 4, "target_modules": ["nothing"]}
     other = LoraConfig(task_type="CAUSAL_LM", **fields) if method == "LoRA" else config(method, lora=fields)
     with pytest.raises(ValueError, match="not found in the base model"):
@@ -271,7 +269,7 @@ def test_an_adapter_that_could_not_be_added_leaves_nothing_behind(method):
     assert list(model.peft_config) == list(model.base_model.peft_config) == ["default"]
     assert list(model.state_dict()) == names
     assert trainable(model) == tensors_of(model, "default")
-    assert torch.equal(outputs(model), expected)
+    assert torch.equal(logits(model), expected)
 
 
 @torch.no_grad()
@@ -311,7 +309,7 @@ def test_generation_takes_positions_embeddings_and_masks(model_type, method):
     assert torch.equal(expected, uncached)
     embedded = model.get_input_embeddings()(tokens)
     with torch.no_grad():
-        close(model(inputs_embeds=embedded).logits, outputs(model))
+        close(model(inputs_embeds=embedded).logits, logits(model))
     assert torch.equal(model.generate(inputs_embeds=embedded, **GREEDY), expected[:, tokens.shape[1] :])
 
 
@@ -347,7 +345,7 @@ def test_the_last_hidden_state_is_what_the_lm_head_sees(method):
 def test_one_stream_without_any_tensor_is_disabled_and_reported_as_other_adapters():
     model = get_peft_model(tiny_model(), config("one stream")).eval()
     with model.disable_adapter():
-        assert torch.equal(outputs(model), plain())
+        assert torch.equal(logits(model), plain())
     assert model.get_model_status().enabled
     assert model.get_model_status().active_adapters == ["default"]
 
@@ -359,4 +357,4 @@ def test_one_adapter_runs_at_a_time(method, names):
     add(model, method, "other")
     with pytest.raises(ValueError, match="Only one ParScale adapter can be active at a time"):
         model.base_model.set_adapter(names)
-    assert torch.equal(outputs(model), outputs(adapted(method)))
+    assert torch.equal(logits(model), logits(adapted(method)))

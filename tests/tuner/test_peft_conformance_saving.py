@@ -8,6 +8,7 @@ Written anew after the list in PEFT's `tests/testing_common.py`; what concerns r
 | pickled files (`safe_serialization=False`) | this project writes and reads safetensors only |
 | hotswapping | PEFT itself refuses all methods but LoRA; held here |
 | conversion to LoRA | streams are no change of weights; PEFT refuses it, held here |
+| a model holds the configuration that it is given | it holds a copy, and the user's stays as it was |
 | `ignore_mismatched_sizes`, partial states | a file that does not fit is refused (`test_state.py`) |
 """
 
@@ -30,19 +31,8 @@ from peft import (
 )
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
-from support.peft_methods import (
-    CASES,
-    METHODS,
-    PARSCALE,
-    adapted,
-    add,
-    config,
-    outputs,
-    plain,
-    stir,
-    tensors_of,
-    trainable,
-)
+from support.outputs import logits
+from support.peft_methods import CASES, METHODS, PARSCALE, adapted, add, config, plain, stir, tensors_of, trainable
 from support.tiny_models import VOCABULARY, tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -76,14 +66,14 @@ def test_a_save_writes_the_adapter_its_configuration_and_a_card_and_no_backbone(
 def test_two_models_loaded_from_one_folder_agree_with_the_saved_one(tmp_path, model_type, method):
     model = adapted(method, model_type)
     model.save_pretrained(tmp_path)
-    expected, state = outputs(model), model.state_dict()
+    expected, state = logits(model), model.state_dict()
     for _ in range(2):
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*missing adapter keys")
             loaded = PeftModel.from_pretrained(tiny_model(model_type), tmp_path)
         assert loaded.state_dict().keys() == state.keys()
         assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
-        assert torch.equal(outputs(loaded), expected)
+        assert torch.equal(logits(loaded), expected)
         assert not loaded.training
         assert trainable(loaded) == set()
     assert not torch.allclose(expected, plain(model_type), atol=1e-3)
@@ -101,7 +91,7 @@ def test_low_cpu_memory_leaves_no_tensor_without_data_and_gives_the_same_output(
     assert {tensor.device.type for tensor in loaded.state_dict().values()} == {"cpu"}
     for name in ("default", "other"):
         loaded.set_adapter(name)
-        assert torch.equal(outputs(loaded), outputs(model))
+        assert torch.equal(logits(loaded), logits(model))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -113,7 +103,7 @@ def test_an_adapter_injected_without_data_is_filled_from_a_state(method):
     assert {name for name, parameter in empty.named_parameters() if parameter.is_meta} == tensors_of(empty, "default")
     result = set_peft_model_state_dict(empty, get_peft_model_state_dict(model), low_cpu_mem_usage=True)
     assert not_loaded(result, empty, "default") == []
-    assert torch.equal(outputs(empty), outputs(model))
+    assert torch.equal(logits(empty), logits(model))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -129,7 +119,7 @@ def test_only_selected_adapters_are_saved_each_in_its_own_folder(tmp_path, metho
     for name, found in (("default", "default"), ("second", "under another name")):
         model.set_adapter(name)
         loaded.set_adapter(found)
-        assert torch.equal(outputs(loaded), outputs(model))
+        assert torch.equal(logits(loaded), logits(model))
     with pytest.raises(ValueError, match=r"invalid `selected_adapters` .* got \['third'\]"):
         model.save_pretrained(tmp_path, selected_adapters=["third"])
 
@@ -146,7 +136,7 @@ def test_names_that_contain_each_other_are_told_apart(tmp_path, method):
     assert saved.keys() == other.keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in saved.items())
     model.set_adapter("efaul")
-    assert torch.equal(outputs(PeftModel.from_pretrained(tiny_model(), tmp_path / "efaul")), outputs(model))
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(), tmp_path / "efaul")), logits(model))
 
 
 @pytest.mark.parametrize("name", ["weight", "lora_A", "0", "a (b+", "parscale_prefix_k"])
@@ -156,7 +146,7 @@ def test_any_name_without_a_dot_is_saved_and_loaded(tmp_path, method, name):
     model.save_pretrained(tmp_path)
     for given in ("default", name):
         loaded = PeftModel.from_pretrained(tiny_model(), tmp_path / name, adapter_name=given)
-        assert torch.equal(outputs(loaded), outputs(model))
+        assert torch.equal(logits(loaded), logits(model))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -171,9 +161,9 @@ def test_the_configuration_is_read_or_taken_as_given(tmp_path, method):
     assert read.inference_mode
     assert trainable(get_peft_model(tiny_model(), read)) == set()
     loaded = PeftModel.from_pretrained(tiny_model(), tmp_path, config=given)
-    assert loaded.peft_config["default"] is given
+    assert (loaded.peft_config["default"] is given) == (method == "LoRA")
     assert given.inference_mode
-    assert torch.equal(outputs(loaded), outputs(model))
+    assert torch.equal(logits(loaded), logits(model))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -186,7 +176,7 @@ def test_several_adapters_are_loaded_from_one_folder(tmp_path, method):
         assert loaded.active_adapters == ["default"]
     for name in ("yet-another", "other", "default"):
         loaded.set_adapter(name)
-        assert torch.equal(outputs(loaded), outputs(model))
+        assert torch.equal(logits(loaded), logits(model))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -206,37 +196,37 @@ def test_what_is_loaded_is_frozen_unless_asked_otherwise(tmp_path, method):
 @pytest.mark.parametrize("method", METHODS)
 def test_states_go_from_one_model_to_another(method):
     model, other = adapted(method), adapted(method, seed=3)
-    assert not torch.equal(outputs(model), outputs(other))
+    assert not torch.equal(logits(model), logits(other))
     other.load_state_dict(model.state_dict())
-    assert torch.equal(outputs(model), outputs(other))
+    assert torch.equal(logits(model), logits(other))
     other = adapted(method, seed=3)
     add(other, method, "second", seed=4)
-    before = outputs(other)
+    before = logits(other)
     result = set_peft_model_state_dict(other, get_peft_model_state_dict(model), adapter_name="second")
     assert not_loaded(result, other, "second") == []
-    assert torch.equal(outputs(other), before)
+    assert torch.equal(logits(other), before)
     other.set_adapter("second")
-    assert torch.equal(outputs(other), outputs(model))
+    assert torch.equal(logits(other), logits(model))
 
 
 @pytest.mark.parametrize(("model_type", "method"), [*(("qwen2", method) for method in METHODS), ("gpt2", "prefix")])
 def test_the_state_of_the_backbone_is_read_and_written_under_its_own_names(model_type, method):
     expected = tiny_model(model_type).state_dict()
     model = adapted(method, model_type)
-    with_adapter = outputs(model)
+    with_adapter = logits(model)
     for changed in (False, True):
         if changed:
             with torch.no_grad():
                 for name, parameter in model.get_base_model().named_parameters():
                     if f"base_model.model.{name}" not in tensors_of(model, "default"):
                         parameter.mul_(0.9)
-            assert not torch.equal(outputs(model), with_adapter)
+            assert not torch.equal(logits(model), with_adapter)
             result = set_base_model_state_dict(model, expected)
             assert (result.missing_keys, result.unexpected_keys) == ([], [])
         found = get_base_model_state_dict(model)
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    assert torch.equal(outputs(model), with_adapter)
+    assert torch.equal(logits(model), with_adapter)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -252,7 +242,7 @@ def test_folders_are_found_by_the_auto_class_by_subfolder_and_with_a_device_map(
         PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter", device_map={"": "cpu"}),
     ]
     for loaded in options:
-        assert torch.equal(outputs(loaded), outputs(model))
+        assert torch.equal(logits(loaded), logits(model))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -267,7 +257,7 @@ def test_adapters_that_come_later_follow_the_wish_for_their_dtype(tmp_path, meth
         for name in ("default", "added", "loaded"):
             assert {parameters[key].dtype for key in tensors_of(model, name)} == {expected}, name
             model.set_adapter(name)
-            assert outputs(model).dtype == dtype
+            assert logits(model).dtype == dtype
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -276,7 +266,7 @@ def test_a_save_while_disabled_is_complete_and_other_ranks_write_nothing(tmp_pat
     with model.disable_adapter():
         model.save_pretrained(tmp_path / "adapter")
     model.save_pretrained(tmp_path / "other rank", is_main_process=False)
-    assert torch.equal(outputs(PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter")), outputs(model))
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter")), logits(model))
     assert list((tmp_path / "other rank").iterdir()) == []
 
 
@@ -286,20 +276,20 @@ def test_trained_copies_of_modules_follow_their_adapter(tmp_path, method):
     if "lora" in METHODS[method]:
         fields["lora"] = {"r": 4, "target_modules": ["q_proj", "up_proj"]}
     model = adapted(method, **fields)
-    expected = outputs(model)
+    expected = logits(model)
     add(model, method, "second", **fields)
-    assert torch.equal(outputs(model), expected)
+    assert torch.equal(logits(model), expected)
     assert trainable(model) == tensors_of(model, "default")
     model.set_adapter("second")
     assert trainable(model) == tensors_of(model, "second")
-    assert torch.equal(outputs(model), outputs(adapted(method, seed=2, **fields)))
+    assert torch.equal(logits(model), logits(adapted(method, seed=2, **fields)))
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny_model(), tmp_path / "second")
-    assert torch.equal(outputs(loaded), outputs(model))
+    assert torch.equal(logits(loaded), logits(model))
     with model.disable_adapter():
-        assert torch.equal(outputs(model), plain())
+        assert torch.equal(logits(model), plain())
     model.delete_adapter("second")
-    assert torch.equal(outputs(model), expected)
+    assert torch.equal(logits(model), expected)
     assert tensors_of(model, "second") == set()
 
 
@@ -316,7 +306,7 @@ def test_embeddings_that_peft_saves_too_are_loaded(tmp_path, method, resized):
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers="auto" if resized else True)
     other = AutoModelForCausalLM.from_pretrained(tmp_path / "backbone")
     other.resize_token_embeddings(VOCABULARY + 4 * resized)
-    assert torch.equal(outputs(PeftModel.from_pretrained(other, tmp_path / "adapter", **fields)), outputs(model))
+    assert torch.equal(logits(PeftModel.from_pretrained(other, tmp_path / "adapter", **fields)), logits(model))
 
 
 COPIES = {
@@ -334,30 +324,30 @@ def test_two_adapters_with_trained_copies_of_modules_are_saved(tmp_path, method)
     for name in ("default", "second"):
         model.set_adapter(name)
         loaded = PeftModel.from_pretrained(tiny_model(), tmp_path if name == "default" else tmp_path / name)
-        assert torch.equal(outputs(loaded), outputs(model))
+        assert torch.equal(logits(loaded), logits(model))
 
 
 @pytest.mark.parametrize("method", PARSCALE)
 def test_what_peft_offers_for_lora_only_is_refused_and_changes_nothing(tmp_path, method):
     model = adapted(method)
-    expected = outputs(model)
+    expected = logits(model)
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="Hotswapping only supports LORA but PARSCALE was passed"):
         hotswap_adapter(model, tmp_path, "default")
     assert not model.supports_lora_conversion()
     with pytest.raises(TypeError, match="do not support LoRA conversion"):
         convert_to_lora(model, rank=4)
-    assert torch.equal(outputs(model), expected)
+    assert torch.equal(logits(model), expected)
 
 
 @pytest.mark.parametrize("method", ["LoRA", "prefix"])
 def test_files_of_another_method_and_empty_folders_are_refused(tmp_path, method):
     adapted("prefix" if method == "LoRA" else "LoRA").save_pretrained(tmp_path / "other")
     model = adapted(method)
-    expected = outputs(model)
+    expected = logits(model)
     with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
         model.load_adapter(tmp_path / "other", "other")
     with pytest.raises(ValueError, match=r"Can't find 'adapter_config\.json'"):
         model.load_adapter(tmp_path, "nothing")
     assert list(model.peft_config) == ["default"]
-    assert torch.equal(outputs(model), expected)
+    assert torch.equal(logits(model), expected)

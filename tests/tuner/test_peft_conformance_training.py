@@ -6,7 +6,8 @@ The list of what is asked and what is not stands in `test_peft_conformance_runni
 import pytest
 import torch
 from peft import get_peft_model, prepare_model_for_kbit_training
-from support.peft_methods import CASES, METHODS, adapted, close, config, scores, tensors_of, trainable
+from support.outputs import close
+from support.peft_methods import CASES, METHODS, adapted, config, scores, tensors_of, trainable
 from support.tiny_models import random_tokens, tiny_model
 
 

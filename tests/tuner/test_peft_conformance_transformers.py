@@ -5,7 +5,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from support.peft_methods import METHODS, adapted, config, outputs, plain, stir, trainable
+from support.outputs import logits
+from support.peft_methods import METHODS, adapted, config, plain, stir, trainable
 from support.tiny_models import random_tokens, tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -22,17 +23,17 @@ def own(method, adapter_name="default", seed=1):
 @pytest.mark.parametrize("method", METHODS)
 def test_an_adapter_of_a_transformers_model_runs_generates_and_is_switched_off_and_on(method):
     model, reference = own(method), adapted(method)
-    assert torch.equal(outputs(model), outputs(reference))
+    assert torch.equal(logits(model), logits(reference))
     assert {f"base_model.model.{name}" for name in trainable(model)} == trainable(reference)
     options = {"input_ids": random_tokens(), "max_new_tokens": 6, "do_sample": False}
     assert torch.equal(model.generate(**options), reference.generate(**options))
     model.disable_adapters()
-    assert torch.equal(outputs(model), plain())
+    assert torch.equal(logits(model), plain())
     model.enable_adapters()
-    assert torch.equal(outputs(model), outputs(reference))
+    assert torch.equal(logits(model), logits(reference))
     assert model.active_adapters() == ["default"]
     model.delete_adapter("default")
-    assert torch.equal(outputs(model), plain())
+    assert torch.equal(logits(model), plain())
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -40,7 +41,7 @@ def test_a_transformers_model_saves_what_a_peft_model_saves(tmp_path, method):
     model, reference = own(method), adapted(method)
     model.save_pretrained(tmp_path / "own")
     reference.save_pretrained(tmp_path / "peft")
-    assert torch.equal(outputs(PeftModel.from_pretrained(tiny_model(), tmp_path / "own")), outputs(reference))
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(), tmp_path / "own")), logits(reference))
     names = ("adapter_model.safetensors", "adapter_config.json")
     assert {path.name for path in (tmp_path / "own").iterdir()} >= set(names)
     assert not (tmp_path / "own" / "model.safetensors").exists()
@@ -60,7 +61,7 @@ def test_a_saved_adapter_is_loaded_or_refused_by_transformers(tmp_path, method, 
             model = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
         else:
             model.load_adapter(tmp_path / "adapter")
-    assert torch.equal(outputs(model), outputs(reference) if method == "LoRA" else plain())
+    assert torch.equal(logits(model), logits(reference) if method == "LoRA" else plain())
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -75,10 +76,10 @@ def test_a_backbone_that_has_an_adapter_is_given_another_or_refused(method, by_t
             get_peft_model(backbone, config(method), "second").eval()
     if method == "LoRA":
         stir(backbone, "second", 2)
-        assert torch.equal(outputs(backbone), outputs(adapted(method, seed=2)))
+        assert torch.equal(logits(backbone), logits(adapted(method, seed=2)))
         backbone.set_adapter("default")
-    assert torch.equal(outputs(backbone), outputs(adapted(method)))
+    assert torch.equal(logits(backbone), logits(adapted(method)))
     backbone.delete_adapter("default")
     if method == "LoRA":
         backbone.delete_adapter("second")
-    assert torch.equal(outputs(backbone), plain())
+    assert torch.equal(logits(backbone), plain())

@@ -5,8 +5,9 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
-from support.descent import descend, logits, stirred
+from support.descent import descend, stirred
 from support.oracle import logits_by_hand
+from support.outputs import close, logits
 from support.tiny_models import ARCHITECTURES, random_tokens, tiny_model, with_streams
 from support.traces import traces
 
@@ -37,10 +38,6 @@ def joint(num_streams=2, model_type="qwen2", implementation="sdpa", **fields):
     torch.manual_seed(1)
     fields = {"lora": lora_fields(model_type), **fields}
     return get_peft_model(tiny_model(model_type, implementation), config(num_streams, **fields)).eval()
-
-
-def close(result, expected):
-    torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"rank_pattern": {".*": 2}}, {"lora_dropout": 0.5}])

@@ -5,7 +5,8 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from support.tiny_models import random_tokens, tiny_model, with_streams
+from support.outputs import logits
+from support.tiny_models import tiny_model, with_streams
 from transformers import AutoModelForCausalLM
 
 from parscale_adapt import ParScaleConfig
@@ -21,10 +22,6 @@ ADAPTER_SHAPES = {
     f"{AGGREGATOR}.2.weight": (2, 32),
     f"{AGGREGATOR}.2.bias": (2,),
 }
-
-
-def outputs(model):
-    return model(input_ids=random_tokens()).logits
 
 
 def file_of(folder):
@@ -84,11 +81,11 @@ def test_a_file_with_a_trained_backbone_holds_every_parameter_once(tmp_path, tie
 )
 def test_a_saved_adapter_gives_the_same_logits_again(tmp_path, fields, backbone, num_streams, low_cpu_mem_usage):
     model = changed(with_streams(tiny_model(**backbone), num_streams, **fields))
-    expected = outputs(model)
+    expected = logits(model)
     model.save_pretrained(tmp_path)
     assert model.get_base_model().training == model.training  # saving changes no mode
     reloaded = load(tmp_path, backbone=backbone, low_cpu_mem_usage=low_cpu_mem_usage)
-    torch.testing.assert_close(outputs(reloaded), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(reloaded), expected, atol=1e-5, rtol=1e-5)
     assert not any(parameter.requires_grad for name, parameter in reloaded.named_parameters() if "parscale" in name)
     if backbone.get("tie_word_embeddings") or backbone.get("model_type") == "gpt2":
         assert reloaded.get_output_embeddings().weight is reloaded.get_input_embeddings().weight
@@ -110,30 +107,30 @@ def test_a_folded_prefix_goes_on_as_a_plain_one(tmp_path):
 def test_a_folded_prefix_is_not_loaded_into_a_prefix_that_is_still_computed(tmp_path):
     model = with_streams(tiny_model(), init_weights="reparameterized")
     model.save_pretrained(tmp_path)
-    before = outputs(model)
+    before = logits(model)
     with pytest.raises(
         ValueError, match=r"Adapter 'default' computes its prefixes by an MLP .* load the file into a new"
     ):
         model.load_adapter(tmp_path, "default")
-    assert torch.equal(outputs(model), before)
+    assert torch.equal(logits(model), before)
     model.load_adapter(tmp_path, "second")
     model.set_adapter("second")
-    assert torch.equal(outputs(model), before)
+    assert torch.equal(logits(model), before)
 
 
 def test_an_adapter_in_training_is_filled_from_a_file(tmp_path):
     saved, model = changed(with_streams(tiny_model())), with_streams(tiny_model(), seed=7)
     saved.save_pretrained(tmp_path)
     model.load_adapter(tmp_path, "default", is_trainable=True)
-    assert torch.equal(outputs(model), outputs(saved))
+    assert torch.equal(logits(model), logits(saved))
     assert all(parameter.requires_grad for name, parameter in model.named_parameters() if "parscale" in name)
 
 
 def test_a_backbone_trained_with_one_stream_is_saved_and_restored(tmp_path):
     model = changed(with_streams(tiny_model(), num_streams=1, train_backbone=True))
     model.save_pretrained(tmp_path)
-    assert torch.equal(outputs(load(tmp_path)), outputs(model))
-    assert not torch.equal(outputs(model), outputs(tiny_model()))
+    assert torch.equal(logits(load(tmp_path)), logits(model))
+    assert not torch.equal(logits(model), logits(tiny_model()))
 
 
 def test_a_trained_backbone_is_loaded_trainable_again(tmp_path):
@@ -144,7 +141,7 @@ def test_a_trained_backbone_is_loaded_trainable_again(tmp_path):
 def test_one_frozen_stream_saves_nothing_and_loads_as_the_backbone(tmp_path):
     with_streams(tiny_model(), num_streams=1).save_pretrained(tmp_path)
     assert shapes_in(tmp_path) == {}
-    assert torch.equal(outputs(load(tmp_path)), outputs(tiny_model()))
+    assert torch.equal(logits(load(tmp_path)), logits(tiny_model()))
 
 
 @pytest.mark.parametrize("adapter_name", ["default", "prefix", "model"])
@@ -152,10 +149,10 @@ def test_a_file_is_loaded_under_any_name(tmp_path, adapter_name):
     model = with_streams(tiny_model())
     model.save_pretrained(tmp_path)
     reloaded = load(tmp_path, adapter_name=adapter_name)
-    assert torch.equal(outputs(reloaded), outputs(model))
+    assert torch.equal(logits(reloaded), logits(model))
     reloaded.load_adapter(tmp_path, "second")
     reloaded.set_adapter("second")
-    assert torch.equal(outputs(reloaded), outputs(model))
+    assert torch.equal(logits(reloaded), logits(model))
 
 
 @pytest.mark.parametrize("train_backbone", [False, True])
@@ -166,7 +163,7 @@ def test_the_auto_class_finds_the_backbone(tmp_path, train_backbone):
     model.save_pretrained(tmp_path / "adapter")
     reloaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     assert reloaded.peft_config["default"].num_streams == 2
-    assert torch.equal(outputs(reloaded), outputs(model))
+    assert torch.equal(logits(reloaded), logits(model))
 
 
 def test_a_half_precision_backbone_gives_the_same_logits_again(tmp_path):
@@ -174,7 +171,7 @@ def test_a_half_precision_backbone_gives_the_same_logits_again(tmp_path):
     model.save_pretrained(tmp_path)
     assert {tensor.dtype for tensor in load_file(file_of(tmp_path)).values()} == {torch.float32}
     reloaded = PeftModel.from_pretrained(tiny_model().bfloat16(), tmp_path)
-    assert torch.equal(outputs(reloaded), outputs(model))
+    assert torch.equal(logits(reloaded), logits(model))
 
 
 def test_a_trained_backbone_keeps_the_dtype_that_it_is_loaded_in(tmp_path):
@@ -274,12 +271,12 @@ def test_only_the_named_adapter_is_selected_from_a_given_state():
 def test_another_backbone_is_refused_and_stays_as_it_was(tmp_path, backbone, reason):
     with_streams(tiny_model()).save_pretrained(tmp_path)
     other = tiny_model(**backbone)
-    names, expected = list(other.state_dict()), outputs(other)
+    names, expected = list(other.state_dict()), logits(other)
     with pytest.raises(ValueError, match=f"The adapter was trained on another backbone than this .*: {reason}"):
         PeftModel.from_pretrained(other, tmp_path)
     assert list(other.state_dict()) == names
     assert other.config._attn_implementation == "sdpa"
-    assert torch.equal(outputs(other), expected)
+    assert torch.equal(logits(other), expected)
 
 
 def test_the_check_of_the_backbone_can_be_overridden_loudly(tmp_path):
@@ -289,7 +286,7 @@ def test_the_check_of_the_backbone_can_be_overridden_loudly(tmp_path):
         UserWarning, match=r"trained on another backbone .* Going on because of `verify_backbone=False`"
     ):
         model = PeftModel.from_pretrained(other, tmp_path, verify_backbone=False)
-    assert outputs(model).isfinite().all()
+    assert logits(model).isfinite().all()
     model.save_pretrained(tmp_path / "again")
     with pytest.raises(ValueError, match="trained on another backbone"):
         load(tmp_path / "again", backbone={"seed": 1})

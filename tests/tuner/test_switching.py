@@ -9,8 +9,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from support.descent import logits
 from support.oracle import logits_by_hand
+from support.outputs import logits
 from support.tiny_models import random_tokens, tiny_model
 from transformers import DynamicCache
 

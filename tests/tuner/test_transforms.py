@@ -6,8 +6,9 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from support.descent import descend, logits, stirred
+from support.descent import descend, stirred
 from support.oracle import logits_by_hand
+from support.outputs import close, logits
 from support.tiny_models import ARCHITECTURES, random_tokens, tiny_config, tiny_model, with_streams
 from torch import nn
 from transformers import AutoModelForSeq2SeqLM
@@ -33,10 +34,6 @@ def config(num_streams=2, **fields):
 def streams_on(backbone, num_streams=3, **fields):
     torch.manual_seed(1)
     return get_peft_model(backbone, config(num_streams, **fields)).eval()
-
-
-def close(result, expected):
-    torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_low_rank_weights_are_those_of_every_stream():
@@ -354,7 +351,7 @@ def test_copies_of_linear_layers_in_streams_are_refused(transform):
     backbone = tiny_model()
     plain = logits(backbone)
     with pytest.raises(
-        ValueError, match=r"`modules_to_save` names 'mlp', but the linear layer `model\.layers\.0\.mlp"
+        ValueError, match=r"`modules_to_save` names 'mlp', but PEFT would train a copy of `model\.layers\.0\.mlp"
     ):
         get_peft_model(backbone, config(stream_transform=transform, modules_to_save=["mlp"]))
     assert torch.equal(logits(backbone), plain)

@@ -1,0 +1,65 @@
+"""Files and folders that appear whole or not at all. Standard library alone."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+_LFS_HEADER = b"version https://git-lfs"
+
+
+def is_lfs_pointer(path: str | Path) -> bool:
+    """Whether a file is what git-lfs leaves in a clone in the place of a large one."""
+    with open(path, "rb") as file:
+        return file.read(len(_LFS_HEADER)) == _LFS_HEADER
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, then move it into place."""
+    temporary = _beside(path)
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8 so that it is there whole or not at all."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+@contextmanager
+def staging_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `target`; what is left of it afterwards is removed, with parents made for it."""
+    staging = _beside(target)
+    missing = [folder for folder in staging.parents if not folder.exists()]
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        for folder in missing:
+            with suppress(OSError):  # it holds what was moved out of the staging folder
+                folder.rmdir()
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `target`, which becomes `target` on success and vanishes on failure.
+
+    Raises:
+        ValueError: `target` exists and is not an empty folder.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} exists and is not an empty folder: choose another output folder, or remove it.")
+    with staging_folder(target) as staging:
+        yield staging
+        os.replace(staging, target)
+
+
+def _beside(path: Path) -> Path:
+    """On the same file system, so that it can be moved into place; this process's own."""
+    return path.absolute().with_name(f".{path.name}.incomplete-{os.getpid()}")

@@ -1,0 +1,120 @@
+"""What makes a run the run that it is: every setting, but for those that can't change a trained number."""
+
+import dataclasses
+from typing import Any
+
+from transformers import SchedulerType
+from trl import SFTConfig
+
+from ..tuner.config import ParScaleArguments
+from .arguments import BackboneArguments
+
+
+# How often is measured changes nothing of what is trained: `StreamTrainer` keeps the random states apart.
+_EVALUATION = frozenset(
+    {
+        "batch_eval_metrics",
+        "do_eval",
+        "eval_accumulation_steps",
+        "eval_delay",
+        "eval_do_concat_batches",
+        "eval_on_start",
+        "eval_packing",
+        "eval_steps",
+        "eval_strategy",
+        "eval_use_gather_object",
+        "include_for_metrics",
+        "per_device_eval_batch_size",
+        "prediction_loss_only",
+    }
+)
+_SAVING = frozenset(
+    {
+        "enable_jit_checkpoint",
+        "save_on_each_node",
+        "save_only_model",
+        "save_steps",
+        "save_strategy",
+        "save_total_limit",
+    }
+)
+_LOGGING = frozenset(
+    {
+        "debug",
+        "disable_tqdm",
+        "include_num_input_tokens_seen",
+        "log_level",
+        "log_level_replica",
+        "log_on_each_node",
+        "logging_first_step",
+        "logging_nan_inf_filter",
+        "logging_steps",
+        "logging_strategy",
+        "project",
+        "report_to",
+        "run_name",
+        "skip_memory_metrics",
+        "trackio_bucket_id",
+        "trackio_space_id",
+        "trackio_static_space_id",
+    }
+)
+_HUB = frozenset(
+    {
+        "hub_always_push",
+        "hub_model_id",
+        "hub_private_repo",
+        "hub_revision",
+        "hub_strategy",
+        "hub_token",
+        "push_to_hub",
+    }
+)
+_MACHINE = frozenset(
+    {
+        "dataloader_multiprocessing_context",
+        "dataloader_num_workers",
+        "dataloader_persistent_workers",
+        "dataloader_pin_memory",
+        "dataloader_prefetch_factor",
+        "dataset_num_proc",
+        "ddp_timeout",
+        "local_rank",
+        "torch_empty_cache_steps",
+    }
+)
+_UNUSED_BY_RECIPES = frozenset({"do_predict", "do_train", "output_dir", "resume_from_checkpoint"})
+MAY_DIFFER = _EVALUATION | _SAVING | _LOGGING | _HUB | _MACHINE | _UNUSED_BY_RECIPES
+
+_STEERED_BY_EVALUATION = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
+
+
+def run_identity(
+    recipe: str, streams: ParScaleArguments, backbone: BackboneArguments, data: Any, training: SFTConfig
+) -> dict[str, Any]:
+    """The settings that decide a run's numbers, for [`parscale_adapt.training.run_folder.RunFolder`]."""
+    return {
+        "recipe": recipe,
+        "streams": dataclasses.asdict(streams),
+        "backbone": backbone.model_name_or_path or "embedded",
+        "model_revision": backbone.model_revision,
+        "adapter": backbone.adapter_name_or_path,
+        "dtype": backbone.dtype,
+        "attn_implementation": backbone.attn_implementation,
+        "load_in_4bit": backbone.load_in_4bit,
+        "data": [source.path for source in data.sources()] or ["standard library"],
+        "data_settings": dataclasses.asdict(data),
+        "world_size": training.world_size,
+        **_deciding_settings(training),
+    }
+
+
+def _deciding_settings(training: SFTConfig) -> dict[str, Any]:
+    """The fields of TRL's arguments, but for those that may differ in this run."""
+    may_differ = MAY_DIFFER
+    if training.lr_scheduler_type in _STEERED_BY_EVALUATION:
+        may_differ -= _EVALUATION
+    if training.load_best_model_at_end:
+        may_differ -= _EVALUATION | _SAVING
+    names = [field.name for field in dataclasses.fields(training) if field.name not in may_differ]
+    return {name: getattr(training, name) for name in names}

@@ -1,0 +1,47 @@
+"""The backbone's files and its tokenizer, looked at before any weight loads."""
+
+from pathlib import Path
+
+from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers.utils.import_utils import is_bitsandbytes_available
+from trl import SFTConfig
+
+from ..checkpoints.whole import check_adapter_folder, check_backbone_folder
+from ..data import TokenizerSettings, check_vocabulary, load_tokenizer
+from .arguments import BackboneArguments
+
+
+def load_backbone_tokenizer(path: str, backbone: BackboneArguments, training: SFTConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of a backbone, as `eos_token`, `pad_token` and `chat_template_path` ask for it.
+
+    Args:
+        path: folder or hub name of the backbone.
+        backbone: what else is loaded.
+        training: TRL's arguments; `chat_template_path` is done with and taken out of them.
+
+    Raises:
+        ValueError: a file of the backbone or the adapter is damaged, a package is missing, or the tokenizer lacks
+            something or does not fit the embedding.
+    """
+    if backbone.load_in_4bit and not is_bitsandbytes_available():
+        raise ValueError(
+            "`load_in_4bit` needs the package bitsandbytes, which isn't installed: run "
+            "`pip install 'parscale_adapt[quantization]'`."
+        )
+    for folder, check in ((path, check_backbone_folder), (backbone.adapter_name_or_path, check_adapter_folder)):
+        if folder is not None and Path(folder).expanduser().is_dir():
+            check(Path(folder).expanduser())
+    settings = TokenizerSettings(
+        backbone.model_revision,
+        training.eos_token,
+        training.pad_token,
+        training.chat_template_path,
+        training.trust_remote_code,
+    )
+    tokenizer = load_tokenizer(path, settings)
+    training.chat_template_path = None  # TRL would resize the embedding for it
+    config = AutoConfig.from_pretrained(
+        path, revision=backbone.model_revision, trust_remote_code=training.trust_remote_code
+    )
+    check_vocabulary(tokenizer, config.get_text_config().vocab_size, path)
+    return tokenizer

@@ -1,0 +1,76 @@
+"""Options of TRL and transformers that could do nothing in a recipe; giving one is refused."""
+
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
+
+from trl import SFTConfig
+
+
+CPT, SFT = "cpt.py", "sft.py"
+BOTH = (CPT, SFT)
+
+
+@dataclass(frozen=True)
+class UnusedOption:
+    """An option that has no effect.
+
+    Args:
+        name: field of [`trl.SFTConfig`].
+        remedy: what to do instead.
+        recipes: where it has none.
+        allowed: values that may be given all the same, besides the default.
+        unless: an option that gives it an effect.
+    """
+
+    name: str
+    remedy: str
+    recipes: tuple[str, ...] = BOTH
+    allowed: tuple[Any, ...] = ()
+    unless: str | None = None
+
+
+_LOADING = "say how to load the backbone with --dtype, --attn_implementation and --model_revision"
+_PACKED = "rows are packed already, each document apart, so leave it out"
+_MASK = "choose what is trained with --train_on"
+UNUSED_OPTIONS = (
+    UnusedOption("model_init_kwargs", _LOADING),
+    UnusedOption("dataset_kwargs", "the recipes prepare their rows themselves, so leave it out"),
+    UnusedOption("dataset_text_field", "name the column of raw text with --text_field of cpt.py"),
+    UnusedOption("assistant_only_loss", "all of the text is trained, so leave it out", (CPT,)),
+    UnusedOption("assistant_only_loss", f"{_MASK} all_answers", (SFT,)),
+    UnusedOption("completion_only_loss", "all of the text is trained, so leave it out", (CPT,)),
+    UnusedOption("completion_only_loss", f"{_MASK} last_answer or all_text", (SFT,)),
+    UnusedOption("packing", _PACKED, (CPT,)),
+    UnusedOption("padding_free", _PACKED, (CPT,)),
+    UnusedOption("padding_free", "pack the rows with --packing true", (SFT,), unless="packing"),
+    UnusedOption("packing_strategy", _PACKED, (CPT,)),
+    UnusedOption("packing_strategy", "rows are cut to `max_length` before they are packed, so leave it out", (SFT,)),
+    UnusedOption("eval_packing", _PACKED, (CPT,)),
+    UnusedOption("eval_packing", "pack the training rows too, with --packing true", (SFT,), (False,), "packing"),
+    UnusedOption("pad_to_multiple_of", "packed rows all have `max_length` tokens, so leave it out", (CPT,)),
+    UnusedOption("shuffle_dataset", "the rows come shuffled and mixed, so leave it out", (CPT,)),
+    UnusedOption("train_sampling_strategy", "the rows come shuffled and mixed, so leave it out", (CPT,)),
+    UnusedOption("truncation_mode", "nothing is cut, long documents go on in the next row, so leave it out", (CPT,)),
+    UnusedOption("dataset_num_proc", "rows are packed by one process, so leave it out", (CPT,)),
+)
+
+
+def refuse_unused_options(training: SFTConfig, recipe: str) -> None:
+    """Refuse options that were given and would do nothing.
+
+    Args:
+        training: as it was given, before a recipe changes it.
+        recipe: [`CPT`] or [`SFT`].
+
+    Raises:
+        ValueError: there is one; it is named, with what to do instead.
+    """
+    defaults = {field.name: field.default for field in fields(training) if field.default is not MISSING}
+    for option in UNUSED_OPTIONS:
+        value = getattr(training, option.name)
+        if recipe not in option.recipes or value in (defaults[option.name], *option.allowed):
+            continue
+        if option.name == "pad_to_multiple_of" and value is None:  # what TRL makes of the default
+            continue
+        if option.unless is None or not getattr(training, option.unless):
+            raise ValueError(f"`{option.name}` has no effect in {recipe}, got {value!r}: {option.remedy}.")

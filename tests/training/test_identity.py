@@ -1,0 +1,97 @@
+"""What makes a run the run that it is."""
+
+import dataclasses
+import json
+
+import pytest
+from trl import SFTConfig
+
+from parscale_adapt.training import BackboneArguments, DataArguments, run_identity
+from parscale_adapt.training.identity import MAY_DIFFER
+from parscale_adapt.training.run_folder import RunFolder
+from parscale_adapt.tuner.config import ParScaleArguments
+
+
+def identity(tmp_path, streams=None, backbone=None, data=None, **training):
+    settings = {"output_dir": str(tmp_path), "bf16": False, "use_cpu": True, **training}
+    return run_identity(
+        "cpt",
+        streams or ParScaleArguments(),
+        backbone or BackboneArguments(),
+        data or DataArguments(),
+        SFTConfig(**settings),
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 1},
+        {"data_seed": 1},
+        {"max_steps": 7},
+        {"gradient_accumulation_steps": 2},
+        {"warmup_steps": 3},
+        {"adam_beta1": 0.8},
+        {"adam_beta2": 0.95},
+        {"adam_epsilon": 1e-6},
+        {"max_grad_norm": 0.5},
+        {"lr_scheduler_kwargs": {"min_lr": 1e-5}},
+        {"label_smoothing_factor": 0.1},
+        {"neftune_noise_alpha": 5.0},
+        {"loss_type": "dft"},
+        {"gradient_checkpointing": False},
+        {"streams": ParScaleArguments(num_streams=2)},
+        {"backbone": BackboneArguments(model_revision="v2")},
+        {"backbone": BackboneArguments(attn_implementation="eager")},
+        {"data": DataArguments(shuffle_buffer_size=7)},
+    ],
+    ids=lambda changes: "-".join(changes),
+)
+def test_every_setting_that_decides_a_number_is_compared(tmp_path, changes):
+    folder = RunFolder(tmp_path / "run", identity(tmp_path))
+    folder.open(None)
+    (tmp_path / "run" / "checkpoint-1").mkdir()
+    other = RunFolder(tmp_path / "run", identity(tmp_path, **changes))
+    with pytest.raises(ValueError, match="holds a different run: `"):
+        other.open(None)
+
+
+def test_what_may_differ_is_listed_and_all_else_is_compared(tmp_path):
+    fields = {field.name for field in dataclasses.fields(SFTConfig)}
+    assert fields >= MAY_DIFFER
+    assert identity(tmp_path).keys() >= fields - MAY_DIFFER
+    assert not identity(tmp_path).keys() & MAY_DIFFER
+    assert "hub_token" not in identity(tmp_path, hub_token="secret")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"logging_steps": 3, "report_to": "tensorboard", "run_name": "again"},
+        {"save_steps": 7, "save_total_limit": 1},
+        {"eval_strategy": "steps", "eval_steps": 7, "per_device_eval_batch_size": 1},
+        {"dataloader_num_workers": 2},
+        {"output_dir": "elsewhere", "resume_from_checkpoint": "true"},
+        {"backbone": BackboneArguments(embedded_dir="elsewhere")},
+    ],
+    ids=lambda changes: "-".join(changes),
+)
+def test_what_decides_no_number_may_differ(tmp_path, changes):
+    assert as_stored(identity(tmp_path, **changes)) == as_stored(identity(tmp_path))
+
+
+def as_stored(settings):
+    return json.dumps(settings, default=str, sort_keys=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lr_scheduler_type": "reduce_lr_on_plateau"},
+        {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 8},
+    ],
+    ids=["plateau", "best_model"],
+)
+def test_evaluation_that_steers_training_is_compared(tmp_path, options):
+    options = {**options, "eval_strategy": "steps"}
+    assert identity(tmp_path, eval_steps=4, **options) != identity(tmp_path, eval_steps=8, **options)
