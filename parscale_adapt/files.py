@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+
 _LFS_HEADER = b"version https://git-lfs"
 
 

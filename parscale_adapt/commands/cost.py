@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..files import write_atomically
-from .law_source import LawOption, load_law
+from .law_source import LawOption, load_law, use_one_blas_thread
 from .output import check_writable, print_table, size_text, write_json
 
 
@@ -41,6 +41,7 @@ def cost(
 ) -> None:
     """Estimate memory and latency of P streams, next to the larger model of the same predicted loss."""
     check_writable(json_file, pictures=[plot, plot_loss])
+    use_one_blas_thread()
     if paper_claim:
         _report_paper_claim(json_file)
         return

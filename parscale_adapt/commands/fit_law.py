@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..files import write_atomically
+from .law_source import use_one_blas_thread
 from .output import check_writable, print_table, size_text, write_json
 
 
@@ -31,6 +32,7 @@ def fit_law(
 ) -> None:
     """Fit the paper's scaling law to training runs, with bootstrap intervals."""
     check_writable(json_file, pictures=[plot])
+    use_one_blas_thread()
     from ..analysis import fit as fitting
     from ..analysis.runs import read_runs
 

@@ -1,6 +1,7 @@
 """The `--law` option: a scaling law from the paper's points, or from what `parscale fit-law --json` wrote."""
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +18,15 @@ LawOption = Annotated[
         help="Scaling law: stack-v2-python or pile (fitted to the paper's points), or a file of fit-law --json.",
     ),
 ]
+
+
+def use_one_blas_thread() -> None:
+    """To be called before numpy and scipy are imported, whose OpenBLAS makes its threads then.
+
+    A fit solves systems of four unknowns: more threads only wait for each other, for many times as long as the fit
+    takes where other programs keep the cores busy.
+    """
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def load_law(source: str) -> "ScalingLaw":

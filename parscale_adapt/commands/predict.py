@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .law_source import LawOption, load_law
+from .law_source import LawOption, load_law, use_one_blas_thread
 from .output import check_writable, print_table, size_text, write_json
 
 
@@ -32,6 +32,7 @@ def predict(
 ) -> None:
     """Predict losses, equivalent parameters, and the number of streams that matches a larger model."""
     check_writable(json_file)
+    use_one_blas_thread()
     if (num_params is None) == (model is None):
         raise typer.BadParameter("give either --num-params or --model")
     fitted = load_law(law)

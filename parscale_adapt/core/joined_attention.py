@@ -23,8 +23,7 @@ def attend_over_prefix_and_cache(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    prefix_key: torch.Tensor,
-    prefix_value: torch.Tensor,
+    prefix: tuple[torch.Tensor, torch.Tensor],
     attention_mask: torch.Tensor | None,
     scaling: float | None,
 ) -> torch.Tensor:
@@ -33,7 +32,7 @@ def attend_over_prefix_and_cache(
     Args:
         query: `[B, heads, T, key_size]`.
         key, value: `[B, key_value_heads, S, key_size or value_size]`.
-        prefix_key, prefix_value: `[B, key_value_heads, n, key_size or value_size]`.
+        prefix: keys and values `[B, key_value_heads, n, key_size or value_size]`.
         attention_mask: True or 0 where visible, `[B or 1, heads or 1, T, S]`; None shows all keys to every query.
         scaling: of the scores, `1 / sqrt(key_size)` if None.
 
@@ -41,6 +40,7 @@ def attend_over_prefix_and_cache(
         `[B, T, heads, value_size]`.
     """
     batch_size, num_heads, num_queries, key_size = query.shape
+    prefix_key, prefix_value = prefix
     num_key_value_heads, num_prefix_tokens = prefix_key.shape[1:3]
     grouped = query.reshape(batch_size, num_key_value_heads, -1, key_size)
     scale = 1 / math.sqrt(key_size) if scaling is None else scaling

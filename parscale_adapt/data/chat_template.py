@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .messages import ANSWER, REASONING_KEYS
+from .messages import ANSWER, REASONING_KEYS, words_of
 from .row_files import RowError
 
 
@@ -178,16 +178,16 @@ class ChatRenderer:
             raise RowError("the row begins with an answer: there is no question before it")
         prompt = self.render(conversation, answer, add_generation_prompt=True)
         start = _num_common(prompt, text)
-        if start < len(prompt) and start < _num_common(prompt, self.render(conversation, answer)):
+        if not _stands_in(conversation.messages[answer - 1], text[:start]) and start < _num_common(
+            prompt, self.render(conversation, answer)
+        ):
             raise RowError(
                 f"the chat template renders what comes before message {answer + 1} differently when that follows"
             )
         if answer == len(conversation.messages) - 1:
             return start, len(text)
         end = _num_common(self.render(conversation, answer + 1), text)
-        message = conversation.messages[answer]
-        said = [message["content"].strip(), *(call["function"]["name"] for call in message.get("tool_calls", ()))]
-        if end <= start or not all(words in text[start:end] for words in said):
+        if end <= start or not _stands_in(conversation.messages[answer], text[start:end]):
             raise RowError(
                 f"the chat template renders the answer in message {answer + 1} differently when others follow, so it can't "
                 "be told where all answers are: train on last_answer, or mark answers with {% generation %} in the template"
@@ -273,6 +273,11 @@ def _num_common(one: str, other: str) -> int:
     if other.startswith(one):
         return len(one)
     return next((place for place, pair in enumerate(zip(one, other)) if pair[0] != pair[1]), min(len(one), len(other)))
+
+
+def _stands_in(message: Mapping[str, Any], text: str) -> bool:
+    """Whether a text holds what a message says, as it is or as JSON."""
+    return all(words in text or json.dumps(words)[1:-1] in text for words in words_of(message))
 
 
 def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:

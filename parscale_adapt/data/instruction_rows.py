@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .chat_template import ChatRenderer, Conversation
 from .conversations import read_row
-from .messages import ANSWER, describe
+from .messages import ANSWER, describe, words_of
 from .packing import IGNORED_LABEL
 from .row_files import RowError
 
@@ -126,8 +126,8 @@ class RowPreparer:
             if any(message.get("weight") == 0 for message in conversation.messages):
                 raise RowError("`weight` 0 of a message has no effect where all text is trained: leave it out")
             text, last = self.renderer.render(conversation), conversation.messages[-1]
-            answer = max(text.rfind(last["content"].strip()), 0) if last["role"] == ANSWER else None
-            return text, [_Span(0, len(text), answer)]
+            said = words_of(last)[-1:] if last["role"] == ANSWER else []
+            return text, [_Span(0, len(text), max(text.rfind(said[0]), 0) if said else None)]
         takes_marks = self.settings.train_on == ALL_ANSWERS
         text, spans = self.renderer.answer_spans(conversation, self._answers(conversation), takes_marks)
         return text, [_Span(start, end, start) for start, end in spans]

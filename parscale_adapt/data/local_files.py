@@ -259,7 +259,10 @@ def _configurations(folder: Path) -> dict[str, dict[str, Any]]:
     try:
         metadata = yaml.safe_load(match[1]) if match else None
     except yaml.YAMLError as error:
-        raise ValueError(f"{readme} begins with what is no YAML: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{readme} must begin with YAML between its lines of dashes, got what is none: {reason}."
+        ) from error
     configs = metadata.get("configs") if isinstance(metadata, dict) else None
     named = [one for one in configs or [] if isinstance(one, dict) and one.get("data_files")]
     return {str(one.get("config_name", "default")): one for one in named}

@@ -79,6 +79,12 @@ def describe(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def words_of(message: Mapping[str, Any]) -> list[str]:
+    """What has to stand in the text of a message, in this order: its content, and the names of functions it calls."""
+    words = [message["content"].strip(), *(call["function"]["name"] for call in message.get("tool_calls", ()))]
+    return [word for word in words if word]
+
+
 def _read_message(message: Any, place: str, drops_nulls: bool) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise RowError(f"{place} must be an object with `role` and `content`, got {describe(message)}")

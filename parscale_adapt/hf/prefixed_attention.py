@@ -79,7 +79,7 @@ def attend_by_sdpa(inputs: AttentionInputs) -> AttentionOutput:
             inputs.query,
             inputs.key,
             inputs.value,
-            *_prefix_of_every_sample(inputs),
+            _prefix_of_every_sample(inputs),
             inputs.mask,
             inputs.options.get("scaling"),
         ), None

@@ -66,18 +66,24 @@ def test_help_and_version_load_few_modules_and_no_heavy_ones(arguments):
     assert len(modules) < (230 if len(arguments) == 1 else 350)
 
 
-def test_predictions_need_no_torch():
+def test_predictions_need_no_torch_and_one_thread():
     program = (
-        "import sys\n"
+        "import os, sys\n"
         "sys.argv[0] = 'parscale'\n"
         "from parscale_adapt.cli import app\n"
         "app(standalone_mode=False)\n"
-        "print(*({'torch', 'transformers', 'peft', 'matplotlib'} & set(sys.modules)))\n"
+        "print(*({'torch', 'transformers', 'peft', 'matplotlib'} & set(sys.modules)), os.environ['OPENBLAS_NUM_THREADS'])"
     )
-    for arguments in (["predict", "--model", "1.6B"], ["cost"], ["fit-law", "pile", "--bootstrap", "0"]):
+    environment = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"}
+    for arguments in (
+        ["predict", "--model", "1.6B"],
+        ["cost"],
+        ["cost", "--paper-claim"],
+        ["fit-law", "pile", "--bootstrap", "0"],
+    ):
         command = [sys.executable, "-c", program, *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        assert done.stdout.splitlines()[-1] == "", arguments
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        assert done.stdout.splitlines()[-1] == "1", arguments
 
 
 def parse(parent, command, arguments):

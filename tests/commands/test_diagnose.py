@@ -99,7 +99,7 @@ def test_column_backbone_and_irreducible_loss_can_be_given(parscale, folder, tmp
         ("nothing", "text.jsonl", (), "There is no folder"),
         ("p3", "missing.jsonl", (), "missing.jsonl does not exist"),
         ("p3", "missing", (), "missing does not exist"),
-        ("p3", "empty.jsonl", (), "empty.jsonl is empty"),
+        ("p3", "empty.jsonl", (), "empty.jsonl has no rows"),
         ("p3", "blank.jsonl", (), "blank.jsonl, whose documents are all empty"),
         ("p3", "code.jsonl", (), "has no field 'text'"),
         ("p3", "text.jsonl", ("--irreducible-loss", 50), "must lie below every loss of the streams, got 50"),

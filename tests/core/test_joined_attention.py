@@ -37,8 +37,8 @@ def masks(num_queries, num_keys):
     }
 
 
-def by_concatenation(query, key, value, prefix_key, prefix_value, bias, scaling):
-    groups = HEADS // KEY_VALUE_HEADS
+def by_concatenation(query, key, value, prefix, bias, scaling):
+    groups, (prefix_key, prefix_value) = HEADS // KEY_VALUE_HEADS, prefix
     keys, values = torch.cat([prefix_key, key], 2), torch.cat([prefix_value, value], 2)
     scores = query @ keys.repeat_interleave(groups, 1).mT * scaling
     scores = scores + F.pad(bias.expand(*scores.shape[:-1], key.shape[2]), (N, 0))
@@ -51,8 +51,8 @@ def by_concatenation(query, key, value, prefix_key, prefix_value, bias, scaling)
 def test_it_gives_outputs_and_gradients_of_attention_over_concatenated_keys(num_queries, mask, scaling):
     given = [tensor.requires_grad_() for tensor in states(num_queries, 7)]
     attention_mask, bias = masks(num_queries, 7)[mask]
-    found = attend_over_prefix_and_cache(*given, attention_mask, scaling)
-    expected = by_concatenation(*given, bias, scaling or KEY_SIZE**-0.5)
+    found = attend_over_prefix_and_cache(*given[:3], given[3:], attention_mask, scaling)
+    expected = by_concatenation(*given[:3], given[3:], bias, scaling or KEY_SIZE**-0.5)
     assert found.shape == (B, num_queries, HEADS, VALUE_SIZE)
     torch.testing.assert_close(found, expected)
     mixing = torch.randn_like(found)
@@ -64,9 +64,10 @@ def test_it_gives_outputs_and_gradients_of_attention_over_concatenated_keys(num_
 def test_half_precision_scores_are_masked_and_normalized_in_float32(mask):
     given = states(2, 300, torch.bfloat16)
     attention_mask, bias = masks(2, 300)[mask]
-    found = attend_over_prefix_and_cache(*given, attention_mask, None)
+    found = attend_over_prefix_and_cache(*given[:3], given[3:], attention_mask, None)
     assert found.dtype == torch.bfloat16
-    expected = by_concatenation(*(tensor.double() for tensor in given), bias.double(), KEY_SIZE**-0.5)
+    query, key, value, *prefix = (tensor.double() for tensor in given)
+    expected = by_concatenation(query, key, value, prefix, bias.double(), KEY_SIZE**-0.5)
     torch.testing.assert_close(found.double(), expected, atol=0.02, rtol=0.02)
 
 
@@ -77,7 +78,7 @@ def test_scores_are_held_twice_in_float32_and_twice_in_the_dtype_of_the_states(m
     given = states(num_queries, num_keys, torch.bfloat16)
     attention_mask = masks(num_queries, num_keys)[mask][0]
     with torch.no_grad(), NewTensors(*given) as new:
-        attend_over_prefix_and_cache(*given, attention_mask, None)
+        attend_over_prefix_and_cache(*given[:3], given[3:], attention_mask, None)
     num_scores = B * HEADS * num_queries * (N + num_keys)
     assert max(new.sizes) <= 4 * num_scores
     assert sum(new.sizes) <= 1.1 * (2 * 4 + 2 * 2) * num_scores

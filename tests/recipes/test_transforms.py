@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from support.quantized import load_in_4bit
-from support.recipe_runs import probe_logits, reloaded_logits
+from support.recipe_runs import PROBE, probe_logits, reloaded_logits
 from support.tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 

@@ -13,8 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from parscale_adapt import Qwen2ParScaleConfig, Qwen2ParScaleForCausalLM
-from parscale_adapt.data import load_stdlib_corpus, train_tokenizer
-from parscale_adapt.training.instructions import CHATML
+from parscale_adapt.data import CHATML, load_stdlib_corpus, train_tokenizer
 from support.tiny_models import tiny_model, with_streams
 
 

@@ -9,7 +9,7 @@ or utf-16 are in that encoding, `.parquet` and folders with a slash at their end
 import gzip
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from parscale_adapt.data import (
     DataSource,
     InstructionSettings,
     TextSource,
+    default_heldout_split,
     load_rows,
     load_source,
     prepare_instructions,
@@ -38,9 +39,10 @@ class Line:
     """A line of a table.
 
     Args:
-        files: their names; the last may be a folder that holds all others, or a pattern.
+        files: their names; the last may be a pattern.
         options: as on the command line of a recipe.
-        content: of each file.
+        content: of each file, but for
+        own_contents: those with a content of their own (`name: content`).
         outcome: what the document says.
     """
 
@@ -48,6 +50,7 @@ class Line:
     options: dict[str, str]
     content: str
     outcome: str
+    own_contents: dict[str, str] = field(default_factory=dict)
 
 
 def lines_of(document: Path, heading: str) -> list[Line]:
@@ -61,8 +64,14 @@ def lines_of(document: Path, heading: str) -> list[Line]:
 def _line(cells: list[str]) -> Line:
     spans = re.findall(r"`([^`]+)`", cells[0])
     options = dict(span[2:].split(" ", 1) for span in spans if span.startswith("--"))
-    content = cells[1].strip("`").replace("\\n", "\n").replace("\\t", "\t")
-    return Line([span for span in spans if not span.startswith("--")], options, content, cells[2])
+    names = [span for span in spans if not span.startswith("--")]
+    own_contents = dict(name.split(": ", 1) for name in names if ": " in name)
+    files = [name for name in names if ": " not in name]
+    return Line(files, options, _text(cells[1].strip("`")), cells[2], own_contents)
+
+
+def _text(written: str) -> str:
+    return written.replace("\\n", "\n").replace("\\t", "\t")
 
 
 def write_files(line: Line) -> None:
@@ -84,6 +93,8 @@ def write_files(line: Line) -> None:
             saved.setdefault(path.parts[0], {})[path.name] = dataset
     for name, splits in saved.items():
         DatasetDict(splits).save_to_disk(name)
+    for name, content in line.own_contents.items():
+        Path(name).write_text(_text(content))
 
 
 def _write(path: Path, content: str) -> None:
@@ -100,12 +111,21 @@ def _table(content: str) -> Dataset:
 
 def read_text(line: Line) -> str:
     """What cpt.py makes of a line's files in the working directory."""
-    source = TextSource(**_place(line), text_field=line.options.get("text_field", "text"))
+    options = {name: line.options[name] for name in ("text_field", "weight") if name in line.options}
     try:
-        documents = load_source(source)["text"][:]
+        source = TextSource(**_place(line), **options, streaming=line.options.get("streaming") == "true")
+        documents = [row["text"] for row in load_source(source)]
     except (ValueError, TypeError) as error:
         return f"refused: {_without_folder(str(error))}"
     return f"documents: {', '.join(f'`{document}`' for document in documents)}".replace("\n", "\\n")
+
+
+def choose_heldout_split(line: Line) -> str:
+    """Which split of a line's files in the working directory is held out where none is named."""
+    try:
+        return f"the split `{default_heldout_split(_place(line)['path'])}`"
+    except ValueError as error:
+        return f"refused: {error}"
 
 
 def read_instructions(line: Line) -> str:
@@ -126,7 +146,7 @@ def read_instructions(line: Line) -> str:
 
 def _place(line: Line) -> dict[str, str]:
     """The path that a recipe is given: a pattern, the only file, or the folder that holds all; and how to read it."""
-    is_whole = "*" in line.files[-1] or len(line.files) == 1
+    is_whole = "*" in line.files[-1] or (len(line.files) == 1 and "/" not in line.files[0].rstrip("/"))
     path = line.files[-1].rstrip("/") if is_whole else Path(line.files[0]).parts[0]
     names = {"dataset_config": "name", "dataset_split": "split", "dataset_encoding": "encoding"}
     return {"path": path, **{names[name]: value for name, value in line.options.items() if name in names}}

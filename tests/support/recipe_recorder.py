@@ -7,7 +7,10 @@ The libraries are imported once; each run is a fork that executes the recipe's o
 that a run costs seconds and can be killed. A run is described by `recipe_runs.Run`.
 """
 
+import contextlib
+import gc
 import hashlib
+import importlib
 import json
 import os
 import runpy
@@ -20,9 +23,10 @@ from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DeepSpeedPlugin, DistributedType
+from accelerate.utils import DeepSpeedPlugin, DistributedType, is_deepspeed_available
 from torch.distributed.tensor import DTensor
 
+from parscale_adapt import training
 from parscale_adapt.training import StreamTrainer, failures
 from support.recipe_runs import PROBE
 
@@ -207,7 +211,20 @@ def execute_all(path: Path) -> None:
         Path(run["record"], f"exit.{RANK}").write_text(str(code))
 
 
+def import_for_all_runs() -> None:
+    """What each fork would import again, and would search for garbage again."""
+    for name in training.__all__:
+        getattr(training, name)
+    importlib.import_module("parscale_adapt.training.plots")
+    if is_deepspeed_available():  # accelerate then imports it whatever the engine
+        with contextlib.redirect_stdout(sys.stderr):
+            importlib.import_module("deepspeed")
+    gc.collect()
+    gc.freeze()
+
+
 if __name__ == "__main__":
+    import_for_all_runs()
     if len(sys.argv) > 1:
         execute_all(Path(sys.argv[1]))
     else:

@@ -304,7 +304,9 @@ def on_two_cpu_processes(config: str) -> dict[str, Any]:
 
 def environment() -> dict[str, str]:
     paths = [str(REPOSITORY), str(REPOSITORY / "tests"), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    search_path = os.pathsep.join(path for path in paths if path)
+    # The folder of a script is no place to look for modules: helpers may be named like the packages that they help with.
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": search_path, "PYTHONSAFEPATH": "1"}
 
 
 def free_port() -> int:
