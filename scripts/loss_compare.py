@@ -18,7 +18,7 @@ is never equal. With `--assert-equal` the exit code is 1 where runs differ; a co
 
 Expected losses are compared to the last digit where Python, packages, processor and the backbone's weights are those
 of the file, and elsewhere within tolerances; the output says which. They are refused on another corpus, as is that of
-another Python, whose standard library it is.
+another Python, whose standard library it is. A change that is meant to move them writes the files anew.
 """
 
 import argparse

@@ -22,6 +22,13 @@ from support.recipe_runs import Material, RecipeServer
 torch.set_num_threads(1)  # tiny models on few cores
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "recipes" in item.fixturenames:
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu"):
         if os.environ.get("PARSCALE_TEST_GPU") != "1":

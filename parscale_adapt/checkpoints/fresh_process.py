@@ -65,9 +65,8 @@ class ComputingIn(TorchFunctionMode):
         if weight.dtype not in self._narrower:
             return F.linear(inputs, weight, bias)
         num_rows = min(len(weight), max(1, _MAX_WIDENED // weight.shape[-1]))
-        rows = weight.new_empty(
-            num_rows, weight.shape[-1], dtype=self._dtype
-        )  # one for all, so that memory stays whole
+        # One for all blocks, so that memory stays whole.
+        rows = weight.new_empty(num_rows, weight.shape[-1], dtype=self._dtype)
         output = inputs.new_empty(*inputs.shape[:-1], len(weight))
         for start in range(0, len(weight), num_rows):
             block = slice(start, min(start + num_rows, len(weight)))

@@ -240,7 +240,8 @@ class ChatRenderer:
         """Whether the template puts `arguments` into the text as they are; most write a mapping as JSON."""
         if self._arguments_as_text is None:
             call = {"type": "function", "id": "a" * 9, "function": {"name": "f", "arguments": {_PROBE: "x"}}}
-            messages = [{"role": "user", "content": "x"}, {"role": ANSWER, "content": "", "tool_calls": [call]}]
+            messages: list[dict[str, Any]] = [{"role": "user", "content": "x"}]
+            messages.append({"role": ANSWER, "content": "", "tool_calls": [call]})
             try:
                 text = self._apply(Conversation(messages, 1, conversation.tools), messages, False, False)[0]
                 self._arguments_as_text = f'"{_PROBE}": "x"' not in text and f"'{_PROBE}': 'x'" in text

@@ -18,6 +18,7 @@ from .tokenization import end_token_of
 
 
 MAX_FRACTION_WITHOUT_TARGET = 0.01
+NUM_CHECKED_ROWS = 1000
 _MAX_SHOWN_TOKENS = 300
 
 
@@ -26,7 +27,6 @@ def check_rows(
     tokenizer: PreTrainedTokenizerBase,
     num_rows: int = 3,
     *,
-    num_checked: int = 1000,
     max_length: int | None = None,
     end_token_ids: Collection[int] = (),
     console: Console | None = None,
@@ -41,7 +41,6 @@ def check_rows(
         dataset: rows to inspect; they are read in their order, and count from 1.
         tokenizer: the tokenizer that made the rows.
         num_rows: rows to print.
-        num_checked: rows to check, from the first.
         max_length: rows of questions and answers with so many tokens were cut, so their end may be missing.
         end_token_ids: tokens that end an answer, besides the tokenizer's end token.
         console: where to print; standard output by default.
@@ -54,7 +53,7 @@ def check_rows(
     checker = _RowChecker(tokenizer, end_token_id, frozenset({end_token_id, *end_token_ids}), max_length)
     console = console or Console()
     num_seen = num_without_target = 0
-    for number, row in enumerate(islice(dataset, max(num_checked, num_rows)), start=1):
+    for number, row in enumerate(islice(dataset, max(NUM_CHECKED_ROWS, num_rows)), start=1):
         segments = list(_segments(row))
         if number <= num_rows:
             console.print(_show(row, segments, tokenizer, f"row {number}"))

@@ -118,10 +118,16 @@ def pack_dataset(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_lengt
 
     Returns:
         An in-memory dataset with the columns of `PACKED_FEATURES` (4 bytes per token).
+
+    Raises:
+        ValueError: the tokenizer has no end token, or there is no token to predict.
     """
     end_token_of(tokenizer)
     rows = iterate_packed_rows(dataset, tokenizer, max_length)
-    return rows_to_dataset((row.to_dict() for row in rows), PACKED_FEATURES)
+    packed = rows_to_dataset((row.to_dict() for row in rows), PACKED_FEATURES)
+    if not any(packed["num_tokens_trained"]):
+        raise ValueError(f"{len(dataset):,} documents hold no token to predict: give documents that are not empty.")
+    return packed
 
 
 def rows_to_dataset(rows: Iterable[dict[str, Any]], features: Features) -> Dataset:

@@ -96,7 +96,7 @@ def _opened(file: str, encoding: str, newline: str | None) -> Iterator[io.TextIO
             f"`encoding` must be one that Python knows, such as latin-1 or utf-16, got {encoding!r}."
         ) from error
     try:
-        stream = io.BufferedReader(pyarrow.input_stream(file))  # type: ignore[type-var]
+        stream = io.BufferedReader(pyarrow.input_stream(file))
         with io.TextIOWrapper(stream, "utf-8-sig" if name == UTF8 else name, newline=newline) as text:
             if name == UTF8:
                 _check_utf8(file, stream.peek(1024)[:1024])
@@ -118,7 +118,7 @@ def _check_utf8(file: str, start: bytes) -> None:
 def _describe_undecoded(file: str, encoding: str, error: UnicodeError) -> str:
     place = file
     if encoding == UTF8:
-        with io.BufferedReader(pyarrow.input_stream(file)) as stream:  # type: ignore[type-var]
+        with io.BufferedReader(pyarrow.input_stream(file)) as stream:
             for number, line in enumerate(stream, start=1):
                 try:
                     line.decode()

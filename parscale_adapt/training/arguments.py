@@ -100,6 +100,7 @@ class DataArguments:
     def __post_init__(self):
         if self.dataset_name and self.datasets:
             raise ValueError("Give either `dataset_name` or `datasets`, got both.")
+        check_heldout_rows(self.max_heldout_rows)
 
     def sources(self) -> list[TextSource]:
         """The text sources to train on; empty for the embedded corpus."""
@@ -129,4 +130,12 @@ class DataArguments:
             split,
             encoding=self.dataset_encoding,
             text_field=self.text_field,
+        )
+
+
+def check_heldout_rows(max_heldout_rows: int) -> None:
+    """Raise ValueError unless there can be rows to measure the held-out loss on."""
+    if max_heldout_rows < 1:
+        raise ValueError(
+            f"`max_heldout_rows` must be at least 1, got {max_heldout_rows}: to measure nothing, leave --heldout_dataset out."
         )

@@ -19,7 +19,7 @@ from ..data import (
     set_chat_template,
     stdlib_docstring_pairs,
 )
-from .arguments import BackboneArguments
+from .arguments import BackboneArguments, check_heldout_rows
 from .checks import prepare_training
 from .unused_options import SFT, refuse_unused_options
 
@@ -60,6 +60,16 @@ class InstructionArguments:
         default=None,
         metadata={"help": "File with a Jinja chat template; else the tokenizer's own, else ChatML."},
     )
+
+    def __post_init__(self):
+        check_heldout_rows(self.max_heldout_rows)
+        if self.dataset_name is None:
+            names = ("dataset_config", "heldout_dataset", "heldout_config", "heldout_split")
+            given = [name for name in names if getattr(self, name) is not None]
+            if given:
+                raise ValueError(f"`{given[0]}` has no effect on the embedded data: name data with --dataset_name.")
+        if self.heldout_dataset is None and (self.heldout_config or self.heldout_split):
+            raise ValueError("`heldout_config` and `heldout_split` have no effect without --heldout_dataset: name it.")
 
     def sources(self) -> list[DataSource]:
         """What to train on; empty for the embedded data."""
@@ -108,7 +118,6 @@ def load_instructions(
     Raises:
         ValueError: a row can't be trained; it is named, with what was found.
     """
-    _check_options(data, training)
     set_chat_template(tokenizer, data.chat_template)
     settings = InstructionSettings(
         training.max_length,
@@ -127,20 +136,6 @@ def load_instructions(
             return rows, None, report
         heldout = heldout.select(range(min(len(heldout), data.max_heldout_rows)))
         return rows, prepare_instructions(heldout, tokenizer, settings, f"held out: {heldout_name}")[0], report
-
-
-def _check_options(data: InstructionArguments, training: SFTConfig) -> None:
-    if data.max_heldout_rows < 1:
-        raise ValueError(
-            f"`max_heldout_rows` must be at least 1, got {data.max_heldout_rows}: without --heldout_dataset nothing is held out."
-        )
-    if data.dataset_name is None:
-        data_options = ("dataset_config", "heldout_dataset", "heldout_config", "heldout_split")
-        given = [name for name in data_options if getattr(data, name) is not None]
-        if given:
-            raise ValueError(f"`{given[0]}` has no effect on the embedded data: name data with --dataset_name.")
-    if data.heldout_dataset is None and (data.heldout_config or data.heldout_split):
-        raise ValueError("`heldout_config` and `heldout_split` have no effect without --heldout_dataset: name it.")
 
 
 def _open(data: InstructionArguments) -> tuple[Dataset, str, Dataset | None, str]:

@@ -5,6 +5,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 import parscale_adapt
 
 
@@ -39,6 +41,7 @@ print("settings", dict(matplotlib.rcParams) == before)
 """
 
 
+@pytest.mark.slow
 def test_drawing_changes_no_global_state(tmp_path):
     environment = {**os.environ, "MPLBACKEND": "svg"}
     command = [sys.executable, "-c", DRAWING, str(tmp_path)]

@@ -72,6 +72,7 @@ def test_a_second_import_gives_the_same_adapter(imported, tmp_path, case):
     assert configs[0] == configs[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_clean_process_computes_what_the_published_code_computed(golden, seen, case):
     expected = load_file(golden / case / "expected.safetensors")

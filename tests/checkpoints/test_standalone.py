@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from parscale_adapt.checkpoints.exporting import export_adapter
 
 
-pytestmark = pytest.mark.xdist_group("standalone")  # one fixture for all
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("standalone")]  # one fixture for all
 
 CONV = {"layer_types": ["conv", "full_attention"], "conv_L_cache": 3}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}

@@ -228,6 +228,7 @@ def test_exports_of_the_first_version_are_verified_as_it_did(tmp_path, in_this_p
     assert not verify_checkpoint(folder).passed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["standalone", "published"])
 def test_a_fresh_process_computes_the_logits(tmp_path, adapter, format):
     export_adapter(str(adapter), tmp_path / "out", format=format, dtype="bfloat16")
@@ -324,6 +325,7 @@ def empty_reference(folder):
     change_tensors(folder / "reference_logits.safetensors", lambda tensors: tensors.clear())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -342,6 +344,7 @@ def test_what_can_not_be_compared_is_one_sentence(tmp_path, adapter, damage, mes
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_code_that_needs_the_package_is_found_out(tmp_path, adapter, monkeypatch):
     export_adapter(str(adapter), tmp_path / "out")
     depend_on_the_package(tmp_path / "out")

@@ -15,6 +15,7 @@ def published(tmp_path):
     return save_published(tmp_path / "published", tmp_path / "backbone", num_streams=2)
 
 
+@pytest.mark.slow
 def test_a_published_checkpoint_goes_in_and_comes_out(parscale, tmp_path, published):
     adapter, export, backbone = tmp_path / "adapter", tmp_path / "export", tmp_path / "backbone"
     files = {name: tmp_path / f"{name}.json" for name in ("import", "export", "verify", "inspect")}
@@ -59,6 +60,7 @@ def test_a_difference_from_the_backbone_is_reported(parscale, tmp_path, publishe
     assert "with the checkpoint's own backbone" in out
 
 
+@pytest.mark.slow
 def test_a_changed_export_fails_with_exit_code_1(parscale, tmp_path, published):
     parscale("import", published, "--output", tmp_path / "adapter")
     parscale("export", tmp_path / "adapter", "--output", tmp_path / "export", "--format", "published")

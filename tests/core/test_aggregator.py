@@ -191,6 +191,7 @@ def test_no_copy_of_all_streams_is_made_or_kept(states_dtype, autocast):
     assert max(backward.sizes) <= states.numel() * states.element_size()
 
 
+@pytest.mark.slow
 def test_the_aggregator_compiles_into_one_graph_whatever_the_number_of_tokens():
     aggregator, _ = aggregator_and_states()
     compiled = torch.compile(aggregator, fullgraph=True, dynamic=True, backend="aot_eager")

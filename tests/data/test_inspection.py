@@ -7,7 +7,7 @@ from datasets import Dataset, IterableDataset
 from rich.console import Console
 from support.tokenizers import byte_tokenizer
 
-from parscale_adapt.data import check_rows, pack_dataset
+from parscale_adapt.data import check_rows, inspection, pack_dataset
 
 
 END, BEGIN = 0, 1
@@ -50,9 +50,10 @@ def test_only_the_first_rows_are_printed_and_long_ones_are_cut(tokenizer):
     assert "… 701 more tokens" in printed
 
 
-def test_stream_is_checked_from_its_start(tokenizer):
+def test_stream_is_checked_from_its_start(monkeypatch, tokenizer):
     rows = IterableDataset.from_generator(lambda: iter([packed([5, 6, END])] * 50))
-    assert "20 rows checked" in check(rows, tokenizer, num_checked=20)
+    monkeypatch.setattr(inspection, "NUM_CHECKED_ROWS", 20)
+    assert "20 rows checked" in check(rows, tokenizer)
     assert len(list(rows)) == 50
 
 

@@ -49,12 +49,12 @@ def recount(dataset, index):
 
 def test_one_epoch_holds_each_document_once_in_a_seeded_order(tokenizer):
     texts = make_texts("a", 50)
-    built, report = build_train_dataset([source("a", 50)], tokenizer, MixtureSettings(4096, seed=1))
+    built, report = build_train_dataset([source("a", 50)], tokenizer, MixtureSettings(8192, seed=1))
     documents = tokenizer.batch_decode([ids for row in built for ids in split(row)], skip_special_tokens=True)
     assert sorted(documents) == sorted(texts)
     assert documents != texts
-    assert ids_of(build_train_dataset([source("a", 50)], tokenizer, MixtureSettings(4096, seed=1))[0]) == ids_of(built)
-    assert ids_of(build_train_dataset([source("a", 50)], tokenizer, MixtureSettings(4096, seed=2))[0]) != ids_of(built)
+    assert ids_of(build_train_dataset([source("a", 50)], tokenizer, MixtureSettings(8192, seed=1))[0]) == ids_of(built)
+    assert ids_of(build_train_dataset([source("a", 50)], tokenizer, MixtureSettings(8192, seed=2))[0]) != ids_of(built)
     num_tokens = sum(len(ids) + 1 for ids in tokenizer(texts)["input_ids"])
     (counts,) = report.sources
     assert (counts.documents, counts.tokens_read, counts.tokens_dropped, counts.epochs) == (50, num_tokens, 0, 1)
@@ -231,7 +231,7 @@ def test_stream_from_files_equals_itself_in_every_worker_setting(tokenizer, tmp_
     def rows(num_workers):
         sources = [TextSource(str(tmp_path), streaming=True, weight=2), source("b", 20, 1)]
         built, report = build_train_dataset(
-            sources, tokenizer, MixtureSettings(64, seed=3, max_rows=160, shuffle_buffer_size=16)
+            sources, tokenizer, MixtureSettings(128, seed=3, max_rows=160, shuffle_buffer_size=16)
         )
         loader = DataLoader(built, batch_size=4, num_workers=num_workers, collate_fn=lambda batch: batch)
         return [tuple(row["input_ids"]) for batch in loader for row in batch], report.to_dict()

@@ -13,7 +13,7 @@ from parscale_adapt.data import LoadedSource, MixtureSettings, PackedCollator, T
 
 NUM_STEPS = 8
 # So long that a map-style epoch is over before the checkpoint, and the run resumes within its second epoch.
-MAX_LENGTH = 160
+MAX_LENGTH = 320
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
 

@@ -64,6 +64,7 @@ def test_streams_compile_to_one_graph(use_cache):
     torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_code_follows_a_switch_and_a_mixed_batch():
     model = with_streams(tiny_model(), 3)

@@ -64,6 +64,7 @@ def with_positions(inputs):
 )
 @torch.no_grad()
 @torch._dynamo.config.patch(automatic_dynamic_shapes=False)  # torch 2.13 can't compile changing lengths for any model
+@pytest.mark.slow
 def test_compiled_kernels_give_the_tokens_and_logits_of_eager_attention():
     model = flex_streams("qwen2")
     options = {**GREEDY, "max_new_tokens": 2, "return_dict_in_generate": True, "output_logits": True}

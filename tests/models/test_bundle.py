@@ -277,6 +277,7 @@ print(json.dumps(said))
 """
 
 
+@pytest.mark.slow
 def test_it_says_one_sentence_outside_of_the_range(tmp_path):
     for name in ("tested", "newer", "batching", "renamed"):
         with_streams(tiny_model()).merge_and_unload().save_pretrained(tmp_path / name)

@@ -84,6 +84,7 @@ def launched(folder, options):
     return [line for line in result.stderr.splitlines() if line.startswith("error: ")], result, launcher
 
 
+@pytest.mark.slow
 def test_two_processes_say_once_what_is_wrong(material, spoiled, tmp_path):
     options = material.cpt_options(per_device_train_batch_size=8, output_dir=tmp_path / "run")
     streaming = {**STREAMING, **SAVING, "dataset_name": spoiled[0]}

@@ -116,6 +116,7 @@ def read_alone(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("regression-alone")  # one fixture for all
 @pytest.mark.parametrize("case", STANDALONE, ids=case_name)
 def test_standalone_exports_need_no_package(read_alone, case):

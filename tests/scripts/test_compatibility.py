@@ -54,6 +54,7 @@ def _scripts_can_be_imported():
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", PREFIXES)
 def test_every_property_holds(model_type):
     from compatibility_checks import CHECKS
@@ -280,6 +281,7 @@ def hang(model_type, implementations):
     time.sleep(600)
 
 
+@pytest.mark.slow
 def test_a_crash_and_a_hang_are_failures_of_that_architecture_only():
     from compatibility_reports import examine_apart
 

@@ -240,6 +240,7 @@ def test_a_file_of_something_else_is_refused(tmp_path, text):
     assert "holds no expected losses" in errors
 
 
+@pytest.mark.slow
 def test_a_real_recipe_repeats_itself_and_another_seed_is_told_apart(material, tmp_path):
     file = tmp_path / "expected.json"
     options = (

@@ -143,6 +143,7 @@ def assert_same(found, expected):
     assert found[2] == pytest.approx(expected[2], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_command_scores_an_export_without_this_package(material, tasks, in_memory, tmp_path):
     arguments = [
         *("run", "--model", "hf", "--device", "cpu", "--batch_size", "1"),

@@ -77,7 +77,10 @@ class Server:
 
 
 @pytest.fixture(
-    scope="module", params=[pytest.param(mode, marks=pytest.mark.xdist_group(f"serving {mode}")) for mode in MODES]
+    scope="module",
+    params=[
+        pytest.param(mode, marks=[pytest.mark.slow, pytest.mark.xdist_group(f"serving {mode}")]) for mode in MODES
+    ],
 )
 def server(request, material):
     log = material.root / request.param.replace(" ", "-") / "server.log"
@@ -135,6 +138,7 @@ def test_models_are_listed_without_a_cache_of_the_hub(server):
     assert server.client.models.list().data == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_the_command_hands_over_a_checkpoint_that_the_server_can_load(material, monkeypatch, checkpoint):
     from transformers.cli.serving.model_manager import ModelManager

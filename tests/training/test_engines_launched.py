@@ -10,6 +10,8 @@ from support.engine_runs import TWO_PROCESSES, assert_agree, assert_saved, runs_
 from support.recipe_runs import REPOSITORY, Result, command_line, launch, reloaded_logits
 
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("engines")]  # one launch for all runs of an engine
+
 SAVES = {"save_strategy": "steps", "save_steps": 2}
 LAST_SAVE = 2
 FULL = {"train_backbone": True, "gradient_checkpointing": True}

@@ -4,6 +4,8 @@ import pytest
 from support.engine_runs import TWO_PROCESSES, assert_agree, assert_saved, runs_of
 
 
+pytestmark = pytest.mark.slow
+
 RUNS = {
     "lora": {"stream_transform": "lora", "aggregator": "static", "gradient_checkpointing": True},
     "bitfit": {"stream_transform": "bitfit", "train_backbone": True},

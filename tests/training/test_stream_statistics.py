@@ -124,6 +124,7 @@ def test_a_model_without_streams_is_refused(tmp_path):
         trainer.train()
 
 
+@pytest.mark.slow
 def test_neither_callback_nor_trainer_needs_plots():
     code = (
         "import sys\n"

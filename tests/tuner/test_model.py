@@ -283,6 +283,7 @@ def test_the_model_card_of_peft_is_written(tmp_path):
     assert "library_name: peft" in (tmp_path / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_importing_the_package_registers_the_method_in_a_fresh_process():
     code = (
         "import peft, parscale_adapt\n"
