@@ -108,7 +108,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, num_embeddings: int, pa
     if largest[1] >= num_embeddings:
         num_more = sum(token >= num_embeddings for token in tokenizer.get_vocab().values())
         raise ValueError(
-            f"The tokenizer of {path} has {num_more} tokens more than the embedding of {num_embeddings} rows, the last is "
+            f"The tokenizer of {path} has {num_more} token(s) beyond the {num_embeddings} rows of the embedding, the last is "
             f"{largest[0]!r} with the id {largest[1]}: take the tokenizer that belongs to the backbone, or save the backbone "
             "with `resize_token_embeddings` first."
         )
@@ -116,13 +116,16 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, num_embeddings: int, pa
 
 def _open(path: str, revision: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except ImportError as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"The tokenizer of {path} needs a package that is not installed: {reason}") from error
     except Exception as error:  # the readers of tokenizers raise whatever they find, also plain `Exception`
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(f"The tokenizer of {path} can't be loaded: {reason}") from error
+    if tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():  # made up by transformers, of no file
+        raise ValueError(f"The tokenizer of {path} has no vocabulary: copy its files there, such as tokenizer.json.")
+    return tokenizer
 
 
 def _read_template(path: str, tokenizer: PreTrainedTokenizerBase) -> str:

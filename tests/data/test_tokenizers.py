@@ -62,6 +62,14 @@ def test_a_folder_without_a_tokenizer_is_refused_in_one_line(tmp_path):
     assert "\n" not in str(raised.value)
 
 
+def test_a_tokenizer_that_transformers_makes_up_is_refused(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|endoftext|>"}'
+    )
+    with pytest.raises(ValueError, match=r"has no vocabulary: copy its files there, such as tokenizer\.json"):
+        load_tokenizer(str(tmp_path))
+
+
 def test_a_missing_package_is_named(monkeypatch, tmp_path):
     def fail(*arguments, **options):
         raise ImportError("X requires the SentencePiece library but it was not found.\nInstall it.")
@@ -136,6 +144,7 @@ def test_each_token_needs_a_row_of_the_embedding():
     check_vocabulary(tokenizer, len(tokenizer), "backbone")
     tokenizer.add_tokens(["<new>", "<newer>"])
     with pytest.raises(
-        ValueError, match="has 2 tokens more than the embedding of 261 rows, the last is '<newer>' with the id 262"
+        ValueError,
+        match=r"has 2 token\(s\) beyond the 261 rows of the embedding, the last is '<newer>' with the id 262",
     ):
         check_vocabulary(tokenizer, 261, "backbone")

@@ -58,13 +58,13 @@ def test_a_run_that_stops_says_where_and_how_it_goes_on(recipes, material, spoil
 
 
 def test_a_run_that_can_not_be_measured_is_saved(recipes, material):
-    result = recipes.run("cpt", **material.cpt_options(max_heldout_rows=0))
+    result = recipes.run("cpt", fail_to_measure=True, **material.cpt_options())
     assert result.exit_code == 1
     assert "Traceback" not in result.stderr()
     (sentence,) = result.errors()
     assert f"the trained model lies in {result.output_dir}, saved and verified, but" in sentence
     assert torch.isfinite(reloaded_logits(result.output_dir)).all()
-    again = recipes.run("cpt", result.output_dir, **material.cpt_options(max_heldout_rows=0))
+    again = recipes.run("cpt", result.output_dir, **material.cpt_options())
     assert "already holds this run (verified_save.json)" in again.errors()[0]
 
 

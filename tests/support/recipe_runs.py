@@ -40,6 +40,7 @@ class Run:
         record: folder for what it prints and trains on.
         kill_at_batch: kill it (SIGKILL) before this batch, counted from 0 over the whole execution.
         kill_in_save: kill it while the checkpoint of this step is half written.
+        fail_to_measure: let the measurement of the held-out loss fail.
         kill_after: kill it so many seconds after its start, wherever it is.
         resume_if_possible: go on from the last complete checkpoint, if there is one.
         save_shards: let checkpoints be written without gathering sharded parameters first.
@@ -53,6 +54,7 @@ class Run:
     record: str
     kill_at_batch: int | None = None
     kill_in_save: int | None = None
+    fail_to_measure: bool = False
     kill_after: float | None = None
     resume_if_possible: bool = False
     save_shards: bool = False
