@@ -4,7 +4,7 @@ BIN := .venv/bin
 BASE := .venv/installed-base
 INSTALLED := .venv/installed
 
-.PHONY: demo test test-fast test-gpu test-lowest test-newest lint bench compatibility clean
+.PHONY: demo test test-fast test-gpu test-lowest test-newest lint bench compatibility faults clean
 
 demo: $(BASE)
 	$(BIN)/python scripts/demo.py
@@ -48,6 +48,10 @@ bench: $(INSTALLED)
 
 compatibility: $(INSTALLED)
 	$(BIN)/python scripts/compatibility.py
+
+# Twenty kills at random moments for each engine, about half an hour on two cores; writes docs/reliability.md.
+faults: $(INSTALLED)
+	$(BIN)/python scripts/faults.py
 
 $(BASE): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'

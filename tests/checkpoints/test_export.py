@@ -20,6 +20,9 @@ from parscale_adapt.checkpoints.exporting import export_adapter
 from parscale_adapt.data import train_tokenizer
 
 
+pytestmark = pytest.mark.slow
+
+
 LORA = {"r": 2, "target_modules": ["q_proj", "down_proj"]}
 
 

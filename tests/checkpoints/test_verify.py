@@ -19,6 +19,9 @@ from parscale_adapt.checkpoints.reference import make_prompts, read_reference
 from parscale_adapt.checkpoints.verifying import verify_checkpoint
 
 
+pytestmark = pytest.mark.slow
+
+
 OLD_EXPORTS = pathlib.Path(__file__).parents[1] / "regression" / "0.1.0"
 NUM_POSITIONS = 3 + (3 + 3 + 2) + (3 + 3)
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16

@@ -11,6 +11,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, TrainingArgumen
 from parscale_adapt.data import LoadedSource, MixtureSettings, PackedCollator, TextSource, build_train_dataset
 
 
+pytestmark = pytest.mark.slow
+
+
 NUM_STEPS = 8
 # So long that a map-style epoch is over before the checkpoint, and the run resumes within its second epoch.
 MAX_LENGTH = 320

@@ -12,6 +12,9 @@ from parscale_adapt.data.stdlib_corpus import is_heldout
 from parscale_adapt.data.stdlib_docstrings import pairs_of_module
 
 
+pytestmark = pytest.mark.slow
+
+
 VOCAB_SIZE = 4096
 
 

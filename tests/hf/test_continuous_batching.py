@@ -12,6 +12,9 @@ from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, Generat
 from parscale_adapt import ParScaleConfig
 
 
+pytestmark = pytest.mark.slow
+
+
 PROMPTS = [[5, 6, 7, 8, 9], [11, 12, 13], list(range(20, 40)), [33], [40, 41]]
 GREEDY = {"max_new_tokens": 7, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
 # Few pages, and fewer tokens per step than the longest prompt has: it is read in pieces, beside tokens of other requests.

@@ -12,6 +12,9 @@ from transformers.cache_utils import Fp8QuantizedLayer
 from transformers.generation.streamers import BaseStreamer
 
 
+pytestmark = pytest.mark.slow
+
+
 FP8 = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
 
 

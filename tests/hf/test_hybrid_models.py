@@ -12,6 +12,9 @@ from transformers import DynamicCache, GenerationConfig
 from parscale_adapt import ParScaleConfig
 
 
+pytestmark = pytest.mark.slow
+
+
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 # Convolutions alone, linear attention, state space layers of both kinds; alternating with attention or in one layer.
 HYBRIDS = (

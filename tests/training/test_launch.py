@@ -26,6 +26,9 @@ from parscale_adapt.training import (
 from parscale_adapt.tuner.config import ParScaleArguments
 
 
+pytestmark = pytest.mark.slow
+
+
 def test_one_source_or_a_mixture():
     assert DataArguments().sources() == []
     one = DataArguments(dataset_name="a.jsonl", text_field="code", streaming=True)

@@ -8,6 +8,9 @@ from trl import SFTConfig
 from parscale_adapt.training import StreamTrainer
 
 
+pytestmark = pytest.mark.slow
+
+
 def stream_trainer(folder, num_streams=2, **options):
     """A trainer that trains a backbone with dropout as well, so that random numbers matter."""
     settings = {

@@ -36,6 +36,9 @@ from support.peft_methods import (
 from support.tiny_models import VOCABULARY, random_tokens, tiny_model
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_peft_model_has_what_its_users_call(method):
     model = adapted(method, adapter_name="test-adapter")

@@ -37,6 +37,9 @@ from support.tiny_models import VOCABULARY, tiny_model
 from transformers import AutoModelForCausalLM
 
 
+pytestmark = pytest.mark.slow
+
+
 FILE = "adapter_model.safetensors"
 
 

@@ -17,6 +17,9 @@ from transformers import DynamicCache
 from parscale_adapt import ParScaleConfig
 
 
+pytestmark = pytest.mark.slow
+
+
 ON_ATTENTION = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
 ON_MLP = {"r": 4, "lora_alpha": 16, "target_modules": ["down_proj"]}
 ADAPTERS = {

@@ -22,6 +22,9 @@ from parscale_adapt.tuner.config import STREAM_TRANSFORMS
 from parscale_adapt.tuner.shared_lora import backbone_modules
 
 
+pytestmark = pytest.mark.slow
+
+
 ON_LINEARS = ("lora", "bitfit")
 UNREACHABLE = ("bloom", "falcon", "mamba")
 COMBINATIONS = list(itertools.product(STREAM_TRANSFORMS, AGGREGATORS))
