@@ -12,6 +12,8 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .models.qwen2_parscale import Qwen2ParScaleConfig, Qwen2ParScaleForCausalLM, Qwen2ParScaleModel
+    from .training.learning_rates import parameter_groups
+    from .training.stream_config import StreamConfig
     from .training.stream_statistics import StreamStatisticsCallback
     from .training.trainer import StreamTrainer
     from .tuner.config import ParScaleArguments, ParScaleConfig
@@ -26,10 +28,12 @@ __all__ = [
     "Qwen2ParScaleConfig",
     "Qwen2ParScaleForCausalLM",
     "Qwen2ParScaleModel",
+    "StreamConfig",
     "StreamStatisticsCallback",
     "StreamTrainer",
     "__version__",
     "grow_streams",
+    "parameter_groups",
 ]
 
 __getattr__, __dir__ = lazy_names(
@@ -41,9 +45,11 @@ __getattr__, __dir__ = lazy_names(
         "Qwen2ParScaleConfig": "models.qwen2_parscale",
         "Qwen2ParScaleForCausalLM": "models.qwen2_parscale",
         "Qwen2ParScaleModel": "models.qwen2_parscale",
+        "StreamConfig": "training.stream_config",
         "StreamStatisticsCallback": "training.stream_statistics",
         "StreamTrainer": "training.trainer",
         "grow_streams": "tuner.grow",
+        "parameter_groups": "training.learning_rates",
     },
 )
 

@@ -4,7 +4,7 @@
     accelerate launch recipes/cpt.py --config recipes/configs/cpt/qwen2.5-3b_stack_full_p4.yaml
     accelerate launch --config_file accelerate_configs/zero3.yaml recipes/cpt.py --config ... --num_streams 8
 
-Every field of `ParScaleArguments`, `BackboneArguments`, `DataArguments` and `trl.SFTConfig` is an argument and a YAML
+Every field of `ParScaleArguments`, `BackboneArguments`, `DataArguments` and `StreamConfig` is an argument and a YAML
 key; `--help` lists them.
 """
 
@@ -14,7 +14,6 @@ from pathlib import Path
 from datasets import Dataset
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
-from trl import SFTConfig
 
 from parscale_adapt.data import (
     LoadedSource,
@@ -31,6 +30,7 @@ from parscale_adapt.training import (
     BackboneArguments,
     DataArguments,
     RecipeParser,
+    StreamConfig,
     StreamTrainer,
     backbone_path,
     check_run,
@@ -54,7 +54,7 @@ def training_sources(data: DataArguments) -> list[TextSource | LoadedSource]:
     return data.sources() or [LoadedSource("standard library", load_stdlib_corpus()["train"])]
 
 
-def num_training_rows(data: DataArguments, training: SFTConfig) -> int | None:
+def num_training_rows(data: DataArguments, training: StreamConfig) -> int | None:
     """Rows that `max_steps` steps consume; None where a number of epochs decides."""
     if training.max_steps > 0:
         rows_per_step = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
@@ -77,7 +77,7 @@ def heldout_rows(data: DataArguments, tokenizer: PreTrainedTokenizerBase, max_le
     return rows.select(range(min(len(rows), data.max_heldout_rows)))
 
 
-def main(streams: ParScaleArguments, backbone: BackboneArguments, data: DataArguments, training: SFTConfig) -> None:
+def main(streams: ParScaleArguments, backbone: BackboneArguments, data: DataArguments, training: StreamConfig) -> None:
     check_run(streams, backbone, training)
     prepare_packed_training(training, backbone)
     identity = run_identity("cpt", streams, backbone, data, training)
@@ -113,6 +113,6 @@ def main(streams: ParScaleArguments, backbone: BackboneArguments, data: DataArgu
 
 
 if __name__ == "__main__":
-    parser = RecipeParser((ParScaleArguments, BackboneArguments, DataArguments, SFTConfig))
+    parser = RecipeParser((ParScaleArguments, BackboneArguments, DataArguments, StreamConfig))
     arguments = sys.argv[1:] or ["--config", str(DEMO)]
     run_recipe(main, parser, arguments)

@@ -7,20 +7,20 @@
 The data is conversational (`messages`), or has the columns `prompt` and `completion`; name other columns with
 `--prompt_field` and `--completion_field`, and look at it first with `parscale inspect-data`. `--train_on all_answers`
 trains every answer of a conversation. Every field of `ParScaleArguments`, `BackboneArguments`,
-`InstructionArguments` and `trl.SFTConfig` is an argument and a YAML key; `--help` lists them.
+`InstructionArguments` and `StreamConfig` is an argument and a YAML key; `--help` lists them.
 """
 
 import sys
 from pathlib import Path
 
 from rich.console import Console
-from trl import SFTConfig
 
 from parscale_adapt.data import check_rows, end_token_ids
 from parscale_adapt.training import (
     BackboneArguments,
     InstructionArguments,
     RecipeParser,
+    StreamConfig,
     StreamTrainer,
     backbone_path,
     check_run,
@@ -41,7 +41,7 @@ DEMO = Path(__file__).parent / "configs" / "sft" / "demo.yaml"
 
 
 def main(
-    streams: ParScaleArguments, backbone: BackboneArguments, data: InstructionArguments, training: SFTConfig
+    streams: ParScaleArguments, backbone: BackboneArguments, data: InstructionArguments, training: StreamConfig
 ) -> None:
     check_run(streams, backbone, training)
     prepare_instruction_training(training, backbone)
@@ -71,6 +71,6 @@ def main(
 
 
 if __name__ == "__main__":
-    parser = RecipeParser((ParScaleArguments, BackboneArguments, InstructionArguments, SFTConfig))
+    parser = RecipeParser((ParScaleArguments, BackboneArguments, InstructionArguments, StreamConfig))
     arguments = sys.argv[1:] or ["--config", str(DEMO)]
     run_recipe(main, parser, arguments)

@@ -9,6 +9,7 @@ from trl import SFTConfig
 from ..hf.prefixed_attention import SUPPORTED_IMPLEMENTATIONS
 from ..tuner.config import ParScaleArguments
 from .arguments import BackboneArguments
+from .learning_rates import RATE_OPTIONS
 from .unused_options import CPT, refuse_unused_options
 
 
@@ -46,6 +47,22 @@ FORBIDDEN_COMBINATIONS = (
         frozenset({"one_stream", "frozen"}),
         "one stream on a frozen backbone has nothing to learn: use --num_streams 2 or more, or --train_backbone true",
     ),
+    Combination(
+        frozenset({"lora_learning_rate", "new_streams"}),
+        "new streams have no shared LoRA, only an adapter of --adapter_name_or_path may have one: leave "
+        "--lora_learning_rate out",
+    ),
+    Combination(
+        frozenset({"prefix_learning_rate", "one_stream"}), "one stream has no prefix: leave --prefix_learning_rate out"
+    ),
+    Combination(
+        frozenset({"aggregator_learning_rate", "one_stream"}),
+        "one stream has no aggregator: leave --aggregator_learning_rate out",
+    ),
+    Combination(
+        frozenset({"aggregator_learning_rate", "mean_aggregator"}),
+        "a mean has nothing to learn: leave --aggregator_learning_rate out",
+    ),
 )
 
 
@@ -59,6 +76,9 @@ def run_properties(streams: ParScaleArguments, backbone: BackboneArguments, trai
         "train_backbone": streams.train_backbone,
         "frozen": not streams.train_backbone,
         "one_stream": streams.num_streams == 1,
+        "mean_aggregator": streams.aggregator == "mean",
+        "new_streams": backbone.adapter_name_or_path is None,
+        **{name: getattr(training, name, None) is not None for name in RATE_OPTIONS},
         "zero3": zero_stage == 3,
         "fsdp": uses_fsdp,
         "fsdp1": uses_fsdp and (fsdp.get("fsdp_version") or int(os.environ.get("FSDP_VERSION", "1"))) == 1,

@@ -21,6 +21,7 @@ from ..hf.fingerprint import describe_difference
 from ..models.standalone import STREAM_FIELDS
 from ..tuner.config import ParScaleConfig
 from .failures import TrainingStopped
+from .learning_rates import RATE_OPTIONS, LearningRatesCallback, given_rates, refuse_idle_rates, set_rates
 from .run_folder import last_verified_checkpoint, verified_checkpoints
 from .saving import verified_save, whole_state
 from .stream_statistics import StreamStatisticsCallback, runs_in_streams
@@ -33,17 +34,25 @@ _STREAM_SETTINGS = (*STREAM_FIELDS, "init_weights", "train_backbone", "lora")
 class StreamTrainer(SFTTrainer):
     """[`trl.SFTTrainer`] for a model with ParScale streams; the arguments are the same.
 
-    While several streams are trained, the log has what [`StreamStatisticsCallback`] says of them.
+    While several streams are trained, the log has what [`StreamStatisticsCallback`] says of them. With a
+    [`StreamConfig`] as `args`, parts of the model have learning rates of their own, which the log tells.
+
+    Raises:
+        ValueError: a learning rate can't have an effect, or the engine is one that can't train this model.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.has_begun = False
+        self._own_rates = given_rates(*(getattr(self.args, name, None) for name in RATE_OPTIONS))
+        self._check_rates()
         self._check_engine()
         if getattr(self.model, "is_quantized", False) or getattr(self.model, "is_loaded_in_4bit", False):
             train_in_float32(self.model)
         if runs_in_streams(self.model):
             StreamStatisticsCallback.add_to(self)
+        if self._own_rates:
+            LearningRatesCallback.add_to(self)
 
     @property
     def adapter_name(self) -> str:
@@ -74,6 +83,14 @@ class StreamTrainer(SFTTrainer):
         if resume_from_checkpoint:
             check_resumable(self.model.peft_config[self.adapter_name], resume_from_checkpoint)
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        """Create it as transformers does; with rates of their own, every part of the model gets its groups."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if is_new and self._own_rates:
+            set_rates(optimizer, args[0] if args else kwargs.get("model") or self.model, self._own_rates)
+        return optimizer
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         """One step as TRL does it; from the first one on, something has been trained that can be lost."""
@@ -131,6 +148,28 @@ class StreamTrainer(SFTTrainer):
             return
         state = load_file(Path(resume_from_checkpoint) / UNFOLDED_FILE)
         self.model.load_state_dict(state, strict=False)  # all that is trained; the frozen backbone is not in it
+
+    def _check_rates(self) -> None:
+        """Refuse rates of their own that nothing would use.
+
+        Raises:
+            ValueError: the part isn't trained, or the optimizer is made elsewhere.
+        """
+        refuse_idle_rates(self.model, self._own_rates)
+        if not self._own_rates:
+            return
+        options = ", ".join(f"`{part}_learning_rate`" for part in self._own_rates)
+        if self.optimizer is not None:
+            raise ValueError(
+                f"{options} would not reach the optimizer that was given as `optimizers`: make it with `parameter_groups`."
+            )
+        plugin = self.accelerator.state.deepspeed_plugin
+        config = {} if plugin is None else plugin.deepspeed_config
+        for name in ("optimizer", "scheduler"):
+            if name in config:
+                raise ValueError(
+                    f"{options} would not reach DeepSpeed's own {name}: leave `{name}` out of the DeepSpeed configuration."
+                )
 
     def _check_engine(self) -> None:
         """Refuse an engine that was asked for and is not used, or that can't shard what is trained.

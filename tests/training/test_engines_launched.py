@@ -15,6 +15,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("engines")]  # one launc
 SAVES = {"save_strategy": "steps", "save_steps": 2}
 LAST_SAVE = 2
 FULL = {"train_backbone": True, "gradient_checkpointing": True}
+RATES = {
+    "train_backbone": True,
+    "learning_rate": 1e-4,
+    "prefix_learning_rate": 1e-2,
+    "aggregator_learning_rate": 1e-3,
+    "lr_scheduler_type": "linear",
+}
 HALF = {"dtype": "bfloat16", "train_backbone": True}
 
 
@@ -45,6 +52,9 @@ def zero3(material, tmp_path_factory):
         "shards": ("cpt", {**options, **SAVES, "save_shards": True}),
         "zero2": ("cpt", {**options, "environment": {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, "train_backbone": True}),
     }
+    for stage in "123":
+        rates = {**options, **SAVES, **RATES, "environment": {"ACCELERATE_DEEPSPEED_ZERO_STAGE": stage}}
+        runs |= resumed(f"rates{stage}", folder, rates)
     return runs_of("zero3", folder, runs)
 
 
@@ -56,6 +66,7 @@ def fsdp2(material, tmp_path_factory):
     runs = {
         "frozen": ("cpt", {**options, "gradient_checkpointing": True}),
         **resumed("full", folder, {**options, **SAVES, **FULL}),
+        **resumed("rates", folder, {**options, **SAVES, **RATES}),
         "tokens": ("cpt", {**options, "init_weights": "tokens"}),
         "shards": ("cpt", {**options, **SAVES, "save_shards": True}),
         "mixed": ("cpt", {**options, **HALF, "bf16": True}),
@@ -68,6 +79,7 @@ def fsdp2(material, tmp_path_factory):
 def alone(recipes, material):
     """The same runs in one process, whose batch is the global batch."""
     cpt = {"frozen": {}, "full": {"train_backbone": True}, "tokens": {"init_weights": "tokens"}}
+    cpt["rates"] = RATES
     cpt["reparameterized"] = {"init_weights": "reparameterized"}
     return {name: recipes.run("cpt", **material.cpt_options(**changes)).check() for name, changes in cpt.items()}
 
@@ -153,6 +165,26 @@ def test_fsdp2_refuses_to_train_several_types(fsdp2):
         assert "trained parameters of several types (torch.bfloat16, torch.float32)" in sentence
 
 
+def rates_of(result):
+    """What each step's log says of the rates of the parts."""
+    steps = [entry for entry in result.metrics["log_history"] if "loss" in entry]
+    return [{name: entry[name] for name in entry if name.startswith("learning_rate/")} for entry in steps]
+
+
+@pytest.mark.parametrize(("engine", "name"), [*(("zero3", f"rates{stage}") for stage in "123"), ("fsdp2", "rates")])
+def test_every_part_keeps_its_rate_in_an_engine_and_over_a_resume(engine, name, alone, request):
+    runs = request.getfixturevalue(engine)
+    result = runs[name][0].check()
+    assert_agree(result, alone["rates"])
+    assert rates_of(result) == rates_of(alone["rates"])
+    for step, rates in enumerate(rates_of(result)):
+        shares = {part: rate * (1 - step / 4) for part, rate in (("prefix", 1e-2), ("aggregator", 1e-3))}
+        expected = {**shares, "backbone": 1e-4 * (1 - step / 4)}
+        assert rates == pytest.approx({f"learning_rate/{part}": rate for part, rate in expected.items()})
+    assert_resumed_exactly(runs, name)
+    assert rates_of(runs[f"{name}_resumed"][0]) == rates_of(result)
+
+
 @pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
 def test_shards_are_never_saved_as_an_adapter(engine, request):
     result = request.getfixturevalue(engine)["shards"][0]
@@ -163,10 +195,11 @@ def test_shards_are_never_saved_as_an_adapter(engine, request):
 
 
 def test_ddp_trains_as_one_process(material, alone, tmp_path):
-    options = material.cpt_options(train_backbone=True, **TWO_PROCESSES)
+    options = material.cpt_options(**RATES, **TWO_PROCESSES)
     script = str(REPOSITORY / "recipes" / "cpt.py")
     launch("ddp", tmp_path / "launch", script, command_line({"output_dir": tmp_path / "run", **options}))
     result = Result(0, tmp_path / "run", tmp_path)
-    assert_agree(result, alone["full"])
+    assert_agree(result, alone["rates"])
+    assert rates_of(result) == rates_of(alone["rates"])
     assert_streams_are_logged(result)
     assert torch.isfinite(reloaded_logits(result.output_dir)).all()

@@ -4,9 +4,8 @@ import dataclasses
 import json
 
 import pytest
-from trl import SFTConfig
 
-from parscale_adapt.training import BackboneArguments, DataArguments, run_identity
+from parscale_adapt.training import BackboneArguments, DataArguments, StreamConfig, run_identity
 from parscale_adapt.training.identity import MAY_DIFFER
 from parscale_adapt.training.run_folder import RunFolder
 from parscale_adapt.tuner.config import ParScaleArguments
@@ -19,7 +18,7 @@ def identity(tmp_path, streams=None, backbone=None, data=None, **training):
         streams or ParScaleArguments(),
         backbone or BackboneArguments(),
         data or DataArguments(),
-        SFTConfig(**settings),
+        StreamConfig(**settings),
     )
 
 
@@ -40,6 +39,9 @@ def identity(tmp_path, streams=None, backbone=None, data=None, **training):
         {"neftune_noise_alpha": 5.0},
         {"loss_type": "dft"},
         {"gradient_checkpointing": False},
+        {"prefix_learning_rate": 1e-2},
+        {"aggregator_learning_rate": 3e-4},
+        {"lora_learning_rate": 1e-3},
         {"streams": ParScaleArguments(num_streams=2)},
         {"backbone": BackboneArguments(model_revision="v2")},
         {"backbone": BackboneArguments(attn_implementation="eager")},
@@ -57,7 +59,7 @@ def test_every_setting_that_decides_a_number_is_compared(tmp_path, changes):
 
 
 def test_what_may_differ_is_listed_and_all_else_is_compared(tmp_path):
-    fields = {field.name for field in dataclasses.fields(SFTConfig)}
+    fields = {field.name for field in dataclasses.fields(StreamConfig)}
     assert fields >= MAY_DIFFER
     assert identity(tmp_path).keys() >= fields - MAY_DIFFER
     assert not identity(tmp_path).keys() & MAY_DIFFER

@@ -3,15 +3,14 @@
 import dataclasses
 
 import pytest
-from trl import SFTConfig
 
-from parscale_adapt.training import BackboneArguments, DataArguments, InstructionArguments, RecipeParser
+from parscale_adapt.training import BackboneArguments, DataArguments, InstructionArguments, RecipeParser, StreamConfig
 from parscale_adapt.tuner.config import ParScaleArguments
 
 
 RECIPES = {
-    "cpt": (ParScaleArguments, BackboneArguments, DataArguments, SFTConfig),
-    "sft": (ParScaleArguments, BackboneArguments, InstructionArguments, SFTConfig),
+    "cpt": (ParScaleArguments, BackboneArguments, DataArguments, StreamConfig),
+    "sft": (ParScaleArguments, BackboneArguments, InstructionArguments, StreamConfig),
 }
 QUIET = ["--use_cpu", "true", "--bf16", "false"]
 

@@ -1,0 +1,36 @@
+"""TRL's training arguments with what streams add."""
+
+from dataclasses import dataclass, field
+
+from trl import SFTConfig
+
+from .learning_rates import check_rate, given_rates
+
+
+@dataclass
+class StreamConfig(SFTConfig):
+    """[`trl.SFTConfig`] with what [`StreamTrainer`] adds; the recipes' arguments.
+
+    Raises:
+        ValueError: a learning rate isn't positive and finite.
+    """
+
+    prefix_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rate of what the streams differ by, prefixes or each one's own LoRA or biases; by default "
+            "--learning_rate."
+        },
+    )
+    aggregator_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the aggregator; by default --learning_rate."}
+    )
+    lora_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of the LoRA that all streams share; by default --learning_rate."},
+    )
+
+    def __post_init__(self):
+        check_rate("learning_rate", self.learning_rate)
+        given_rates(self.prefix_learning_rate, self.aggregator_learning_rate, self.lora_learning_rate)
+        super().__post_init__()
