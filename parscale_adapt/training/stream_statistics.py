@@ -11,13 +11,15 @@ from ..core.aggregator import Aggregator
 from ..core.weight_statistics import stream_statistics
 from ..hf.stream_call import STREAMS_ATTRIBUTE
 from ..tuner.layer import DecoderStreams
+from .stream_warnings import StreamWatch
 
 
 __all__ = ["StreamStatisticsCallback", "stream_statistics"]
 
 
 class StreamStatisticsCallback(TrainerCallback):
-    """Adds [`stream_statistics`] of the latest batch to every training log.
+    """Adds [`stream_statistics`] of the latest batch to every training log, and warns where they go wrong
+    ([`StreamWatch`]).
 
         trainer = DPOTrainer(...)
         StreamStatisticsCallback.add_to(trainer)
@@ -33,6 +35,7 @@ class StreamStatisticsCallback(TrainerCallback):
         self._token_mask: torch.Tensor | None = None
         self._hook: RemovableHandle | None = None
         self._recorded_before = False
+        self._watch: StreamWatch | None = None
 
     @classmethod
     def add_to(cls, trainer: Trainer) -> "StreamStatisticsCallback":
@@ -49,6 +52,7 @@ class StreamStatisticsCallback(TrainerCallback):
         self._aggregator = streams.parscale_aggregator[streams.current_adapter]
         self._recorded_before = self._aggregator.record_weights
         self._aggregator.record_weights = True
+        self._watch = StreamWatch(self._aggregator.num_streams, self._aggregator.smoothing)
 
         def keep_mask(module: nn.Module, inputs: tuple, arguments: dict[str, Any]) -> None:
             if streams.num_streams > 1:
@@ -74,6 +78,9 @@ class StreamStatisticsCallback(TrainerCallback):
         statistics = stream_statistics(weights, mask)
         logs.update(statistics)
         state.log_history[-1].update(statistics)
+        if self._watch is not None and state.is_world_process_zero:
+            weights_by_stream = [statistics[f"stream_weight/{p}"] for p in range(weights.shape[-1])]
+            self._watch.see(state.global_step, weights_by_stream)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -82,7 +89,7 @@ class StreamStatisticsCallback(TrainerCallback):
             self._hook.remove()
         if self._aggregator is not None:
             self._aggregator.record_weights = self._recorded_before
-        self._hook = self._aggregator = self._token_mask = None
+        self._hook = self._aggregator = self._token_mask = self._watch = None
 
 
 def runs_in_streams(model: nn.Module) -> bool:
