@@ -37,7 +37,7 @@ def python_blocks(name):
     ("name", "adapters", "active"),
     [
         ("README.md", ["default", "p2", "p4", "p4-lora"], "p2"),
-        ("docs/running.md", ["lora", "p2", "p4", "p8"], "p8"),
+        ("docs/running.md", ["lora", "p2", "p4", "p8", "together"], "p8"),
     ],
 )
 def test_the_blocks_of_a_document_run(name, adapters, active, monkeypatch, tmp_path):

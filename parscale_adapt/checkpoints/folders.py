@@ -29,7 +29,7 @@ class Kind:
     folder: Path
     config: dict[str, Any] = field(repr=False)
     num_streams: int = 1
-    stream_transform: str = "none"
+    stream_transform: str | list[str] = "none"
     num_prefix_tokens: int = 0
     aggregator: str = "none"
 
@@ -83,7 +83,7 @@ def _adapter(folder: Path, config: dict[str, Any]) -> Kind:
             f"{folder} must hold a ParScale adapter, got one of the method {config.get('peft_type')}: give another."
         )
     streams = _streams_of(config)
-    if streams["stream_transform"] != "prefix":
+    if "prefix" not in transform_names(streams["stream_transform"]):
         streams["num_prefix_tokens"] = 0
     return Kind("adapter", folder, config, **streams)
 
@@ -91,6 +91,11 @@ def _adapter(folder: Path, config: dict[str, Any]) -> Kind:
 def _streams_of(config: dict[str, Any]) -> dict[str, Any]:
     names = ("num_streams", "stream_transform", "num_prefix_tokens", "aggregator")
     return {name: config[name] for name in names}
+
+
+def transform_names(stream_transform: str | Sequence[str]) -> list[str]:
+    """What the field of a configuration names, one or several."""
+    return [stream_transform] if isinstance(stream_transform, str) else [*stream_transform]
 
 
 def find_checkpoint(source: str) -> Path:

@@ -26,7 +26,7 @@ class Inspection:
     backbone: str | None
     carries_backbone: bool
     num_streams: int
-    stream_transform: str
+    stream_transform: str | list[str]
     num_prefix_tokens: int
     aggregator: str
     added_parameters: int

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..checkpoints.folders import transform_names
 from .output import check_writable, write_json
 
 
@@ -41,7 +42,7 @@ def _rows(found: "Inspection") -> dict[str, str]:
         "kind": found.kind,
         "backbone": (found.backbone or "not named") + (", carried along" if found.carries_backbone else ""),
         "streams (P)": str(found.num_streams),
-        "streams differ by": found.stream_transform,
+        "streams differ by": " and ".join(transform_names(found.stream_transform)),
         "prefix tokens": str(found.num_prefix_tokens),
         "aggregator": found.aggregator,
         "added parameters": f"{found.added_parameters:,}",

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..core.transforms import ATTENTION, STREAM_TENSORS, named_transforms
 from ..hf.backbone import Backbone
 from ..hf.stream_call import STREAMS_ATTRIBUTE
 from ..version import __version__
@@ -128,7 +129,8 @@ def describe_streams(
         return {names[model.get_submodule(name)]: list(shape) for name, shape in shapes.items()}
 
     streams = {name: fields[name] for name in STREAM_FIELDS}
-    streams["num_prefix_tokens"] = fields["num_prefix_tokens"] if fields["stream_transform"] == "prefix" else 0
+    if not named_transforms(fields["stream_transform"], ATTENTION):
+        streams["num_prefix_tokens"] = 0
     return {
         **streams,
         "base_model": base_name,
@@ -173,7 +175,7 @@ def standalone_name(name: str) -> str:
     """The name in a standalone model of a tensor in an adapter file, for example
     `model.layers.0.self_attn.parscale_prefix_k` to `model.layers.0.self_attn.parscale.prefix_k.weight`."""
     host, _, rest = name.partition(".parscale_")
-    return f"{host}.parscale.{rest}" + (".weight" if rest in ("prefix_k", "prefix_v") else "")
+    return f"{host}.parscale.{STREAM_TENSORS.get(rest, rest)}"
 
 
 def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:

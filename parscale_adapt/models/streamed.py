@@ -4,13 +4,14 @@ Such a class is one of the mixins below before a class of transformers. `config.
 out; `base_model` is the name of the base model in the causal LM, all other names are relative to it, `""` is itself:
 
 - `num_streams`, `aggregator`, `aggregator_smoothing`, `stream_transform` as in an adapter's configuration, with
-  `num_prefix_tokens` (0 without prefixes) or `stream_lora_rank` and `stream_lora_alpha`;
+  `num_prefix_tokens` (0 without prefixes), `stream_lora_rank` and `stream_lora_alpha`;
 - `decoder`, the module whose output is aggregated, and its `hidden_size`;
 - `attention_shapes`: key-value heads, key size and value size of every attention module;
 - `attended_layers` and `masks_per_row`, as in [`parscale_adapt.hf.decoder`];
 - `projection_shapes`: input and output size of every linear layer in which streams differ.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from ..core.aggregator import AGGREGATORS, Aggregator
 from ..core.layout import UniformLayout
 from ..core.prefix import StreamPrefix
-from ..core.transforms import StreamBias, StreamLora
+from ..core.transforms import ATTENTION, LINEAR, StreamBias, StreamLora, named_transforms
 from ..hf.config_view import stock_config
 from ..hf.decoder import attach_streams
 from ..hf.paged import init_continuous_batching
@@ -31,24 +32,38 @@ from ..hf.stream_call import STREAMS_ATTRIBUTE, CacheOwner, StreamCall
 _INIT_STD = 0.02
 
 
-class OwnedPrefixes(nn.Module):
-    """The prefixes of one attention module, as [`parscale_adapt.hf.attention`] asks for them.
+class OwnedTransforms(nn.Module):
+    """What streams differ by at one host.
 
     Args:
-        num_streams: `P`.
-        num_prefix_tokens: `n`.
-        shape: key-value heads, key size and value size.
+        host: what kind of host, [`ATTENTION`] or [`LINEAR`].
+        shape: its sizes.
+        streams: `config.parscale`.
     """
 
-    def __init__(self, num_streams: int, num_prefix_tokens: int, shape: tuple[int, int, int]):
+    def __init__(self, host: str, shape: Sequence[int], streams: dict[str, Any]):
         super().__init__()
-        num_heads, key_size, value_size = shape
-        self.prefix_k = StreamPrefix((num_streams, num_heads, num_prefix_tokens, key_size))
-        self.prefix_v = StreamPrefix((num_streams, num_heads, num_prefix_tokens, value_size))
+        for kind in named_transforms(streams["stream_transform"], host):
+            for name, module in kind.modules(shape, streams):
+                self.add_module(name, module)
+
+
+class OwnedPrefixes(OwnedTransforms):
+    """The prefixes of one attention module, as [`parscale_adapt.hf.attention`] asks for them."""
 
     def forward(self, adapter: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Prefix keys and values `[P, num_key_value_heads, n, key_size or value_size]`."""
         return self.prefix_k(dtype), self.prefix_v(dtype)
+
+
+class OwnedChanges(OwnedTransforms):
+    """The low-rank weights and biases at one linear layer."""
+
+    def forward(self, states: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """Its input `[R, T, in_features]` and its own output to what it gives in every stream."""
+        for change in self.children():
+            output = output + change(states).to(output.dtype)
+        return output
 
 
 class OwnedStreams(nn.Module):
@@ -144,25 +159,19 @@ def add_streams(base_model: PreTrainedModel) -> None:
     decoder = base_model.get_submodule(streams["decoder"])
     decoder.parscale = OwnedStreams(streams)
     attach_streams(decoder, map(base_model.get_submodule, streams["attention_shapes"]))
-    num_streams, num_prefix_tokens = streams["num_streams"], streams["num_prefix_tokens"]
-    for name, shape in streams["attention_shapes"].items():
-        if num_prefix_tokens > 0:
-            attention = base_model.get_submodule(name)
-            attention.parscale = OwnedPrefixes(num_streams, num_prefix_tokens, shape)
-    for name, (in_features, out_features) in streams["projection_shapes"].items():
+    if named_transforms(streams["stream_transform"], ATTENTION):
+        for name, shape in streams["attention_shapes"].items():
+            base_model.get_submodule(name).parscale = OwnedPrefixes(ATTENTION, shape, streams)
+    for name, shape in streams["projection_shapes"].items():
         linear = base_model.get_submodule(name)
-        if streams["stream_transform"] == "lora":
-            rank, alpha = streams["stream_lora_rank"], streams["stream_lora_alpha"]
-            linear.parscale = StreamLora(num_streams, in_features, out_features, rank, alpha)
-        else:
-            linear.parscale = StreamBias(num_streams, out_features)
-        linear.register_forward_hook(_add_transform)
+        linear.parscale = OwnedChanges(LINEAR, shape, streams)
+        linear.register_forward_hook(_change_by_stream)
     kept = base_model._keep_in_fp32_modules_strict or ()
     base_model._keep_in_fp32_modules_strict = {*kept, STREAMS_ATTRIBUTE}
 
 
-def _add_transform(linear: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
-    return output + linear.parscale(args[0]).to(output.dtype)
+def _change_by_stream(linear: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+    return linear.parscale(args[0], output)
 
 
 def inherit_weight_names(config_class: type[PreTrainedConfig], *model_classes: type[PreTrainedModel]) -> None:

@@ -14,6 +14,7 @@ import transformers
 import trl
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..checkpoints.folders import transform_names
 from ..data import TokenReport
 from ..files import write_atomically, write_text
 from ..tuner.config import ParScaleArguments
@@ -112,6 +113,7 @@ def environment() -> dict[str, str]:
 def write_card(metrics: dict[str, Any], name: str, path: Path) -> None:
     """A model card with the hub's metadata."""
     streams, run = metrics["streams"], metrics["run"]
+    transforms = transform_names(streams["stream_transform"])
     data = ModelCardData(
         library_name="peft",
         base_model=run["backbone"],
@@ -122,7 +124,8 @@ def write_card(metrics: dict[str, Any], name: str, path: Path) -> None:
     rows = [
         ("backbone", f"`{run['backbone']}`" + (", trained" if streams["train_backbone"] else ", frozen")),
         ("streams P", streams["num_streams"]),
-        ("prefix tokens per stream", streams["num_prefix_tokens"]),
+        ("streams differ by", " and ".join(transforms)),
+        *([("prefix tokens per stream", streams["num_prefix_tokens"])] if "prefix" in transforms else []),
         ("adapter parameters", f"{metrics['num_adapter_params']:,}"),
         ("data", ", ".join(run["data"])),
         ("tokens seen", f"{metrics['num_tokens']:,}"),

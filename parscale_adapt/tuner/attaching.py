@@ -9,6 +9,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from ..core.transforms import ATTENTION, LINEAR, named_transforms
 from ..hf.backbone import ObservedStates, probe_backbone
 from ..hf.engines import keep_unpacked
 from ..hf.fingerprint import backbone_fingerprint, embedding_name
@@ -152,23 +153,23 @@ class AttachingTuner(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: ParScaleConfig, model_config: dict) -> ParScaleConfig:
         backbone = self._backbone
-        # Tuples, since PEFT shortens a list of 20 or more names to common endings.
-        if peft_config.num_streams == 1:
-            # No streams, but PEFT wants a layer to switch, and a cache must know whose keys and values it holds.
-            peft_config.target_modules = (backbone.decoder_name,)
-        elif peft_config.stream_transform == "prefix":
+        # One stream has no more hosts; but PEFT wants a layer to switch, and a cache must know whose keys it holds.
+        hosts = [backbone.decoder_name]
+        has_streams = peft_config.num_streams > 1
+        if has_streams and named_transforms(peft_config.stream_transform, ATTENTION):
             if not backbone.attention_shapes:
                 raise ValueError(
                     f"{type(self.model).__name__} has no attention that streams can reach: none of its layers calls "
                     "transformers' attention interface, so there is nowhere to put a prefix; use "
                     "`stream_transform='lora'` or `'bitfit'`."
                 )
-            peft_config.target_modules = (backbone.decoder_name, *backbone.attention_shapes)
-        else:
+            hosts += backbone.attention_shapes
+        if has_streams and named_transforms(peft_config.stream_transform, LINEAR):
             if not self._projections:
                 with streams_off(self.model):
                     self._projections = observe_projections(self.model, backbone_modules(self.model))
-            peft_config.target_modules = (backbone.decoder_name, *self._projections)
+            hosts += self._projections
+        peft_config.target_modules = tuple(hosts)  # since PEFT shortens a list of 20 or more names to common endings
         refuse_copied_hosts(peft_config, (*peft_config.target_modules, *backbone.attention_shapes))
         return peft_config
 

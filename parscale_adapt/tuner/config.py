@@ -8,19 +8,13 @@ from typing import Any
 from peft import LoraConfig, PeftConfig, TaskType
 
 from ..core.aggregator import AGGREGATORS
+from ..core.transforms import STREAM_TRANSFORMS, named_transforms
 from ..version import __version__
 from .registration import PARSCALE
 from .shared_lora import lora_config, lora_fields
 
 
 STARTS_OF_PREFIXES = ("normal", "reparameterized", "tokens")
-STREAM_TRANSFORMS = ("prefix", "lora", "bitfit")
-_TRANSFORM_OF_FIELD = {
-    "num_prefix_tokens": "prefix",
-    "init_weights": "prefix",
-    "stream_lora_rank": "lora",
-    "stream_lora_alpha": "lora",
-}
 
 
 @dataclass
@@ -30,12 +24,14 @@ class ParScaleArguments:
     num_streams: int = field(
         default=4, metadata={"help": "P, the number of parallel streams. 1 is the plain backbone."}
     )
-    stream_transform: str = field(
+    stream_transform: str | list[str] = field(
         default="prefix",
         metadata={
             "help": "What makes the streams differ: 'prefix' (the paper's choice: prefix keys and values in every "
-            "attention layer), 'lora' (low-rank weights per stream in every linear layer) or 'bitfit' (a bias per "
-            "stream in every linear layer). 'lora' and 'bitfit' also work where attention can't be reached."
+            "attention layer), 'lora' (low-rank weights per stream in every linear layer), 'bitfit' (a bias per "
+            "stream in every linear layer), or several of them. 'lora' and 'bitfit' also work where attention can't be "
+            "reached.",
+            "default": "prefix",  # which HfArgumentParser takes from the field only where it is no list
         },
     )
     num_prefix_tokens: int = field(
@@ -90,7 +86,7 @@ class ParScaleArguments:
         if isinstance(self.init_weights, bool):
             self.init_weights = "normal"
         self._check_choice("init_weights", STARTS_OF_PREFIXES)
-        self._check_choice("stream_transform", STREAM_TRANSFORMS)
+        self.stream_transform = _in_order(self.stream_transform)
         self._check_choice("aggregator", tuple(AGGREGATORS))
         if type(self.stream_lora_rank) is not int or self.stream_lora_rank < 1:
             raise ValueError(f"`stream_lora_rank` must be an integer of at least 1, got {self.stream_lora_rank!r}.")
@@ -105,13 +101,32 @@ class ParScaleArguments:
 
     def _refuse_fields_of_other_transforms(self) -> None:
         defaults = {item.name: item.default for item in dataclasses.fields(ParScaleArguments)}
-        for name, transform in _TRANSFORM_OF_FIELD.items():
-            value = getattr(self, name)
-            if transform != self.stream_transform and value != defaults[name]:
-                raise ValueError(
-                    f"`{name}` belongs to `stream_transform={transform!r}`, got {value!r} with "
-                    f"`stream_transform={self.stream_transform!r}`: leave it at {defaults[name]!r}."
-                )
+        chosen = named_transforms(self.stream_transform)
+        for transform, kind in STREAM_TRANSFORMS.items():
+            for name in kind.fields:
+                value = getattr(self, name)
+                if kind not in chosen and value != defaults[name]:
+                    raise ValueError(
+                        f"`{name}` belongs to `stream_transform={transform!r}`, got {value!r} with "
+                        f"`stream_transform={self.stream_transform!r}`: leave it at {defaults[name]!r}."
+                    )
+
+
+def _in_order(stream_transform: Any) -> str | list[str]:
+    """One name, or several in an order of their own: equal settings are written in one way.
+
+    Raises:
+        ValueError: there is no name, an unknown one, or one twice.
+    """
+    names = [stream_transform] if isinstance(stream_transform, str) else stream_transform
+    is_list = isinstance(names, list | tuple)
+    if not is_list or not names or any(name not in (*STREAM_TRANSFORMS,) or names.count(name) > 1 for name in names):
+        raise ValueError(
+            f"`stream_transform` must be one of {', '.join(STREAM_TRANSFORMS)}, or a list of several, each once, got "
+            f"{stream_transform!r}."
+        )
+    ordered = [name for name in STREAM_TRANSFORMS if name in names]
+    return ordered[0] if len(ordered) == 1 else ordered
 
 
 class _RuntimeConfig:

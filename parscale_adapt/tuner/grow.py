@@ -6,6 +6,7 @@ import math
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
+from ..core.transforms import STREAM_TENSORS
 from .config import ParScaleConfig
 from .model import ParScaleModel
 from .registration import PARAMETER_PREFIX
@@ -24,7 +25,7 @@ def grow_streams(model: PeftModel, source: str, target: str, num_streams: int, p
         model: holds the trained adapter.
         source, target: names of the old and of the new adapter.
         num_streams: a multiple of the number of streams of `source`.
-        perturbation: standard deviation of the noise on prefixes (or low-rank weights, or biases) of all copies but
+        perturbation: standard deviation of the noise on prefixes, low-rank weights and biases of all copies but
             the first, relative to the root mean square of each tensor. With 0 the new adapter computes exactly the
             same, but copies stay copies in training.
 
@@ -87,7 +88,7 @@ def _grow_tensor(
         by_stream = tensor.view(tensor.shape[0], -1, num_streams)
         return by_stream.repeat(1, 1, num_copies).flatten(1) / num_copies
     grown = tensor.repeat(num_copies, *[1] * (tensor.dim() - 1))
-    if not kind.startswith("aggregator."):
+    if kind in STREAM_TENSORS:
         size = tensor.float().square().mean().sqrt().item()
         grown[num_streams:] += torch.randn_like(grown[num_streams:]) * (perturbation * size)
     return grown

@@ -4,7 +4,7 @@ import threading
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -13,13 +13,13 @@ from torch.utils.hooks import RemovableHandle
 
 from ..core.aggregator import AGGREGATORS
 from ..core.layout import MixedLayout, UniformLayout
-from ..core.prefix import ReparameterizedPrefix, StreamPrefix
-from ..core.transforms import StreamBias, StreamLora
+from ..core.transforms import ATTENTION, LINEAR, STREAM_TRANSFORMS, named_transforms
 from ..hf.backbone import AttentionShape, Backbone
 from ..hf.engines import execution_device
 from ..hf.projections import ProjectionShape
 from ..hf.stream_call import STREAMS_ATTRIBUTE, CacheOwner, CacheOwners, StreamCall
 from .config import ParScaleConfig
+from .registration import PARAMETER_PREFIX
 
 
 class ParScaleLayer(nn.Module, BaseTunerLayer):
@@ -65,40 +65,45 @@ class ParScaleLayer(nn.Module, BaseTunerLayer):
         return module.to(execution_device(self._neighbor), dtype if dtype.is_floating_point else None)
 
 
-class AttentionStreams(ParScaleLayer):
-    """The prefixes of one attention module.
+def _containers(host_kind: str) -> tuple[str, ...]:
+    kinds = [kind for kind in STREAM_TRANSFORMS.values() if kind.host == host_kind]
+    return tuple(f"{PARAMETER_PREFIX}{part}" for kind in kinds for part in kind.parts())
+
+
+class HostStreams(ParScaleLayer):
+    """What the streams of every adapter differ by at one host: a dictionary for each part of each transform that can
+    stand there.
 
     Args:
-        host: the attention module.
-        shape: sizes of its keys and values.
+        host: an attention module or a linear layer.
+        shape: its sizes.
     """
 
-    adapter_layer_names = ("parscale_prefix_k", "parscale_prefix_v")
-    other_param_names = ("streams_of", "prefix_tokens_of")
+    host_kind: ClassVar[str]
 
-    def __init__(self, host: nn.Module, shape: AttentionShape):
+    def __init__(self, host: nn.Module, shape: AttentionShape | ProjectionShape):
         super().__init__(host)
         self.shape = shape
-        self.prefix_tokens_of: dict[str, int] = {}
-        self.parscale_prefix_k = nn.ModuleDict()
-        self.parscale_prefix_v = nn.ModuleDict()
+        for container in self.adapter_layer_names:
+            self.add_module(container, nn.ModuleDict())
 
     def update_layer(self, adapter_name: str, config: ParScaleConfig) -> None:
-        """Add the prefixes of one adapter."""
+        """Add what the streams of one adapter differ by here."""
         self.streams_of[adapter_name] = config.num_streams
-        self.prefix_tokens_of[adapter_name] = config.num_prefix_tokens
-        is_reparameterized = config.init_weights == "reparameterized" and not config.is_being_loaded
-        prefix_class = ReparameterizedPrefix if is_reparameterized else StreamPrefix
-        for container in self.adapter_layer_names:
-            prefix = prefix_class(self.prefix_shape(container, adapter_name))
-            prefix.reset_parameters(config.init_std)
-            getattr(self, container)[adapter_name] = self._place(prefix)
+        settings = dict(vars(config))
+        if config.is_being_loaded:  # plain, as in the file
+            settings["init_weights"] = "normal"
+        for kind in named_transforms(config.stream_transform, self.host_kind):
+            for part, module in kind.modules(self.shape, settings):
+                module.reset_parameters(config.init_std)
+                getattr(self, f"{PARAMETER_PREFIX}{part}")[adapter_name] = self._place(module)
 
-    def prefix_shape(self, container: str, adapter_name: str) -> tuple[int, int, int, int]:
-        """`[P, num_key_value_heads, n, size]` of one adapter's prefix keys or values."""
-        size = self.shape.key_size if container == "parscale_prefix_k" else self.shape.value_size
-        num_prefix_tokens = self.prefix_tokens_of[adapter_name]
-        return (self.streams_of[adapter_name], self.shape.num_key_value_heads, num_prefix_tokens, size)
+
+class AttentionStreams(HostStreams):
+    """The prefixes of one attention module."""
+
+    host_kind = ATTENTION
+    adapter_layer_names = _containers(ATTENTION)
 
     @torch.no_grad()
     def start_from(self, adapter_name: str, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -156,7 +161,7 @@ class DecoderStreams(ParScaleLayer):
         """Add the aggregator of one adapter; one stream needs none."""
         self.streams_of[adapter_name] = config.num_streams
         self.cache_owner_of[adapter_name] = CacheOwner(adapter_name, uuid.uuid4().hex)
-        has_prefix = config.num_streams > 1 and config.stream_transform == "prefix"
+        has_prefix = config.num_streams > 1 and named_transforms(config.stream_transform, ATTENTION)
         self.prefix_tokens_of[adapter_name] = config.num_prefix_tokens if has_prefix else 0
         if config.num_streams > 1:
             aggregator_class = AGGREGATORS[config.aggregator]
@@ -276,8 +281,8 @@ def _forget_layout(batch: _Batch) -> None:
     batch.layout = None
 
 
-class ProjectionStreams(ParScaleLayer):
-    """The low-rank weights or biases of each stream at one linear layer.
+class ProjectionStreams(HostStreams):
+    """The low-rank weights and biases of each stream at one linear layer.
 
     The name has no "Linear" in it: PEFT's `target_modules="all-linear"` takes layers by that part of their name.
 
@@ -287,15 +292,14 @@ class ProjectionStreams(ParScaleLayer):
         decoder_streams: knows the layout of the rows.
     """
 
-    adapter_layer_names = ("parscale_transform",)
+    host_kind = LINEAR
+    adapter_layer_names = _containers(LINEAR)
 
     def __init__(self, host: nn.Module, shape: ProjectionShape, decoder_streams: DecoderStreams):
-        super().__init__(host)
-        self.shape = shape
+        super().__init__(host, shape)
         # Kept out of the module tree, where it has its own place.
         object.__setattr__(self, "_decoder_streams", decoder_streams)
         self._hook: RemovableHandle | None = None
-        self.parscale_transform = nn.ModuleDict()
 
     def attach_hook(self) -> None:
         """Let the linear layer's output pass through here."""
@@ -307,18 +311,6 @@ class ProjectionStreams(ParScaleLayer):
             self._hook.remove()
             self._hook = None
 
-    def update_layer(self, adapter_name: str, config: ParScaleConfig) -> None:
-        """Add the transform of one adapter."""
-        self.streams_of[adapter_name] = config.num_streams
-        transform: StreamLora | StreamBias
-        if config.stream_transform == "lora":
-            rank, alpha = config.stream_lora_rank, config.stream_lora_alpha
-            transform = StreamLora(config.num_streams, *self.shape, rank, alpha)
-        else:
-            transform = StreamBias(config.num_streams, self.shape.out_features)
-        transform.reset_parameters(config.init_std)
-        self.parscale_transform[adapter_name] = self._place(transform)
-
     def forward(self, states: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """What the linear layer gives in every stream.
 
@@ -329,15 +321,19 @@ class ProjectionStreams(ParScaleLayer):
         layout = self._decoder_streams.running.layout
         if not isinstance(layout, MixedLayout):
             adapter = self.current_adapter
-            return output if adapter is None else output + self._change(adapter, states, output.dtype)
-        output = output.clone()
+            return output if adapter is None else self._changed(adapter, states, output)
+        changed = output.clone()
         for group in layout.groups:
-            if group.adapter is not None and group.adapter in self.parscale_transform:
-                output[group.rows] += self._change(group.adapter, states[group.rows], output.dtype)
-        return output
+            if group.adapter is not None and group.adapter in self.streams_of:
+                changed[group.rows] = self._changed(group.adapter, states[group.rows], output[group.rows])
+        return changed
 
-    def _change(self, adapter: str, states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return self.parscale_transform[adapter](states).to(dtype)
+    def _changed(self, adapter: str, states: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        for container in self.adapter_layer_names:
+            modules = getattr(self, container)
+            if adapter in modules:
+                output = output + modules[adapter](states).to(output.dtype)
+        return output
 
 
 def _add_stream_transform(host: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:

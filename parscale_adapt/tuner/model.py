@@ -11,6 +11,7 @@ from peft.tuners.lora import LoraModel
 from torch import nn
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
+from ..core.transforms import LINEAR, named_transforms
 from ..hf.fingerprint import backbone_fingerprint
 from ..hf.stream_call import STREAMS_ATTRIBUTE
 from ..models.standalone import base_model_name, describe_streams, make_standalone, standalone_classes
@@ -163,7 +164,7 @@ class ParScaleModel(AttachingTuner):
             return super().merge_and_unload(progressbar, safe_merge, names)
         standalone_classes(self.model, base_model_name(self.model, self._backbone.decoder_name))
         tensors = stream_tensors(self.model, names[0])
-        projections = {} if config.stream_transform == "prefix" else self._projections
+        projections = self._projections if named_transforms(config.stream_transform, LINEAR) else {}
         remove_streams(self.model)
         merged = super().merge_and_unload(progressbar, safe_merge, names)
         streams = describe_streams(merged, self._backbone, projections, config.to_dict())

@@ -1,7 +1,7 @@
 """Adapter files: which tensors belong into one, under which names, and strict checks on the way out and in.
 
-A file holds what the streams differ by (`<attention>.parscale_prefix_k` and `_v`, or `<linear>.parscale_lora_A` and
-`_B`, or `<linear>.parscale_bias`), `<decoder>.parscale_aggregator.*`, shared LoRA by PEFT's own names
+A file holds what the streams differ by (`<attention>.parscale_prefix_k` and `_v`, `<linear>.parscale_lora_A` and `_B`,
+`<linear>.parscale_bias`), `<decoder>.parscale_aggregator.*`, shared LoRA by PEFT's own names
 (`<module>.lora_A.weight`, `<module>.lora_B.weight`) and, where the backbone was trained, every parameter of it.
 """
 
@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..core.prefix import ReparameterizedPrefix
+from ..core.transforms import STREAM_TENSORS
 from ..hf.engines import gathered, is_partitioned
 from ..hf.stream_call import STREAMS_ATTRIBUTE
 from .layer import ParScaleLayer
@@ -22,6 +23,7 @@ from .registration import PARAMETER_PREFIX
 
 
 _LAYER_MARK = f".{STREAMS_ATTRIBUTE}.{PARAMETER_PREFIX}"
+_NAME_IN_FILE = {place: name for name, place in STREAM_TENSORS.items()}
 _SHARED_LORA = "|".join(LoraLayer.adapter_layer_names)
 _WRAPPED = ".base_layer"  # where PEFT's LoRA layers keep the backbone's own module
 
@@ -36,10 +38,8 @@ def checkpoint_key(key: str, adapter_name: str) -> str:
     container, _, parameter = rest.partition(f".{adapter_name}.")
     if not mark or not parameter:
         return key.replace(f"{_WRAPPED}.", ".")
-    if container == "transform":
-        return f"{host}.{PARAMETER_PREFIX}{parameter}"
-    name = f"{host}.{PARAMETER_PREFIX}{container}"
-    return name if container.startswith("prefix") else f"{name}.{parameter}"
+    place = f"{container}.{parameter}"
+    return f"{host}.{PARAMETER_PREFIX}{_NAME_IN_FILE.get(place, place)}"
 
 
 def refuse_reparameterized(model: nn.Module, adapter_name: str) -> None:

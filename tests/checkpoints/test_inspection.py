@@ -71,11 +71,15 @@ def test_shared_lora_and_a_carried_backbone_are_counted_apart(tmp_path):
     assert full.backbone_parameters == sum(parameter.numel() for parameter in tiny_model().parameters())
 
 
-def test_streams_by_other_transforms_are_counted(tmp_path):
-    model = with_streams(tiny_model(), 3, stream_transform="bitfit", num_prefix_tokens=48, aggregator="mean")
+@pytest.mark.parametrize(
+    ("transform", "num_prefix_tokens"), [("bitfit", 0), (["prefix", "lora"], 48), (["lora", "bitfit"], 0)]
+)
+def test_streams_by_other_transforms_are_counted(tmp_path, transform, num_prefix_tokens):
+    model = with_streams(tiny_model(), 3, stream_transform=transform, num_prefix_tokens=48, aggregator="mean")
     model.save_pretrained(tmp_path / "adapter")
     found = inspect_folder(str(tmp_path / "adapter"))
-    assert (found.stream_transform, found.num_prefix_tokens, found.aggregator) == ("bitfit", 0, "mean")
+    assert (found.stream_transform, found.num_prefix_tokens) == (transform, num_prefix_tokens)
+    assert found.aggregator == "mean"
     assert found.added_parameters == count(tmp_path / "adapter", "adapter_model.safetensors")
 
 

@@ -65,6 +65,10 @@ CASES |= {
     "gpt2-float32-tied-whole": case("gpt2", "float32", TIED, WHOLE),
     "lora-per-stream": case("qwen2", "bfloat16", UNTIED, WHOLE, stream_transform="lora", **OTHER_TRANSFORM),
     "bias-per-stream": case("gpt2", "float32", TIED, WHOLE, stream_transform="bitfit", **OTHER_TRANSFORM),
+    "prefix-and-lora-per-stream": case("gemma3_text", "float32", TIED, WHOLE, stream_transform=["prefix", "lora"]),
+    "lora-and-bias-per-stream": case(
+        "gpt2", "float32", TIED, WHOLE, stream_transform=["bitfit", "lora"], **OTHER_TRANSFORM
+    ),
     "static-aggregator": case("llama", "float32", UNTIED, WHOLE, aggregator="static"),
     "mean-aggregator": case("llama", "float32", UNTIED, WHOLE, aggregator="mean"),
     "no-attention": case("mamba", "float32", UNTIED, WHOLE, stream_transform="bitfit", **OTHER_TRANSFORM),

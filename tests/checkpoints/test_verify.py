@@ -198,6 +198,7 @@ LORA = {"r": 2, "target_modules": ["q_proj", "down_proj"]}
         ("standalone", {"stream_transform": "lora", "num_prefix_tokens": 48, "aggregator": "static"}),
         ("standalone", {"stream_transform": "bitfit", "num_prefix_tokens": 48, "aggregator": "mean"}),
         ("standalone", {"init_weights": "reparameterized"}),
+        ("standalone", {"stream_transform": ["prefix", "lora"], "lora": LORA}),
     ],
 )
 def test_every_kind_of_adapter_passes(tmp_path, in_this_process, dtype, format, fields):

@@ -152,8 +152,8 @@ def test_a_quantized_backbone_is_refused():
     [
         ("model.layers.0.self_attn.parscale_prefix_k", "model.layers.0.self_attn.parscale.prefix_k.weight"),
         ("model.parscale_aggregator.0.weight", "model.parscale.aggregator.0.weight"),
-        ("model.layers.0.mlp.up_proj.parscale_lora_A", "model.layers.0.mlp.up_proj.parscale.lora_A"),
-        ("model.layers.0.mlp.up_proj.parscale_bias", "model.layers.0.mlp.up_proj.parscale.bias"),
+        ("model.layers.0.mlp.up_proj.parscale_lora_A", "model.layers.0.mlp.up_proj.parscale.lora.lora_A"),
+        ("model.layers.0.mlp.up_proj.parscale_bias", "model.layers.0.mlp.up_proj.parscale.bias.bias"),
     ],
 )
 def test_names_in_a_checkpoint(in_adapter, in_checkpoint):

@@ -19,6 +19,12 @@ METHODS = {
     "static": {"num_streams": 4, "num_prefix_tokens": 3, "aggregator": "static"},
     "stream LoRA": {"num_streams": 2, "stream_transform": "lora", "aggregator": "mean"},
     "BitFit": {"num_streams": 3, "stream_transform": "bitfit"},
+    "together": {
+        "num_streams": 3,
+        "num_prefix_tokens": 3,
+        "stream_transform": ["prefix", "lora"],
+        "stream_lora_alpha": 4.0,
+    },
     "prefix and LoRA": {"num_streams": 2, "num_prefix_tokens": 3, "lora": LOW_RANK},
     "one stream with LoRA": {"num_streams": 1, "lora": LOW_RANK},
 }

@@ -122,11 +122,12 @@ class Result:
 
 
 def command_line(options: dict[str, Any]) -> list[str]:
-    """`{"num_streams": 2}` to `["--num_streams", "2"]`; None leaves an option out."""
+    """`{"num_streams": 2}` to `["--num_streams", "2"]`; a list is several words, None leaves an option out."""
     line = []
     for name, value in options.items():
         if value is not None:
-            line += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
+            words = value if isinstance(value, list) else [value]
+            line += [f"--{name}", *(str(word).lower() if isinstance(word, bool) else str(word) for word in words)]
     return line
 
 

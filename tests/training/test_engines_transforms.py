@@ -9,13 +9,14 @@ pytestmark = pytest.mark.slow
 RUNS = {
     "lora": {"stream_transform": "lora", "aggregator": "static", "gradient_checkpointing": True},
     "bitfit": {"stream_transform": "bitfit", "train_backbone": True},
+    "together": {"stream_transform": ["prefix", "lora"], "num_prefix_tokens": 4, "gradient_checkpointing": True},
 }
 
 
 @pytest.fixture(scope="module")
 def alone(recipes, material):
     """The runs in one process."""
-    options = {name: material.cpt_options(num_prefix_tokens=None, **changes) for name, changes in RUNS.items()}
+    options = {name: material.cpt_options(**{"num_prefix_tokens": None, **changes}) for name, changes in RUNS.items()}
     return {name: recipes.run("cpt", **each).check() for name, each in options.items()}
 
 

@@ -72,6 +72,25 @@ def test_what_was_given_is_told_from_defaults(config, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("words", "content", "expected"),
+    [
+        ([], "", "prefix"),
+        (["--stream_transform", "lora"], "", "lora"),
+        (["--stream-transform", "lora", "prefix", "--num_streams", "2"], "", ["prefix", "lora"]),
+        ([], "stream_transform: bitfit", "bitfit"),
+        ([], "stream_transform: [prefix, lora]", ["prefix", "lora"]),
+        (["--stream_transform", "prefix"], "stream_transform: [prefix, lora]", "prefix"),
+    ],
+)
+def test_one_transform_or_several_are_named_on_the_command_line_and_in_a_file(tmp_path, words, content, expected):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"env: {{}}\n{content}\n")
+    arguments = [*words, "--config", str(path)]
+    assert parse(*arguments)[0].stream_transform == expected
+    assert explicit(*arguments) - {"num_streams"} == ({"stream_transform"} if words or content else set())
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         ("num_streams: [", "is no YAML"),
@@ -93,6 +112,8 @@ def test_a_wrong_file_is_a_sentence(tmp_path, content, message):
         (["--num_streams", "two"], "invalid int value: 'two'"),
         (["--num_stream", "2"], "--num_stream"),
         (["--config"], "needs the path of a YAML file"),
+        (["--stream_transform"], "--stream_transform.*: expected at least one argument"),
+        (["--stream_transform", "prefix", "suffix"], r"`stream_transform` must be .*, got \['prefix', 'suffix'\]"),
     ],
 )
 def test_a_wrong_command_line_is_a_sentence(arguments, message):
@@ -105,6 +126,7 @@ def test_help_shows_defaults(capsys):
         parse("--help")
     text = " ".join(capsys.readouterr().out.split())
     assert "P, the number of parallel streams. 1 is the plain backbone. (default: 4)" in text
+    assert "also work where attention can't be reached. (default: prefix)" in text
 
 
 @pytest.mark.parametrize("given", [[], ["--gradient_checkpointing", "false"], ["--no_gradient_checkpointing"]])

@@ -8,7 +8,12 @@ from parscale_adapt.training.report import environment, write_card
 
 
 METRICS = {
-    "streams": {"num_streams": 2, "num_prefix_tokens": 4, "train_backbone": False},
+    "streams": {
+        "num_streams": 2,
+        "stream_transform": ["prefix", "lora"],
+        "num_prefix_tokens": 4,
+        "train_backbone": False,
+    },
     "run": {"backbone": "Qwen/Qwen2.5-3B", "data": ["a.jsonl", "b.jsonl"], "seed": 0},
     "num_adapter_params": 12345,
     "num_tokens": 67890,
@@ -25,6 +30,15 @@ def test_the_card_states_the_run(tmp_path, loss, shown):
     assert yaml.safe_load(header)["library_name"] == "peft"
     for text in ("# my-run", "frozen", "12,345", "67,890", "a.jsonl, b.jsonl", "torch 2.13", shown):
         assert text in body
+    assert "| streams differ by | prefix and lora |\n| prefix tokens per stream | 4 |\n" in body
+
+
+def test_the_card_names_prefix_tokens_where_there_are_some(tmp_path):
+    streams = {**METRICS["streams"], "stream_transform": "lora"}
+    write_card({**METRICS, "streams": streams, "heldout_loss": None}, "my-run", tmp_path / "README.md")
+    body = (tmp_path / "README.md").read_text()
+    assert "| streams differ by | lora |" in body
+    assert "prefix tokens" not in body
 
 
 @pytest.mark.parametrize("num_streams", [0, 2])

@@ -14,13 +14,18 @@ from parscale_adapt.core.aggregator import AGGREGATORS
 from parscale_adapt.tuner.config import STREAM_TRANSFORMS
 
 
-COMBINATIONS = list(itertools.product(STREAM_TRANSFORMS, AGGREGATORS))
+TOGETHER = ["prefix", "lora"]
+COMBINATIONS = [
+    *itertools.product(STREAM_TRANSFORMS, AGGREGATORS),
+    (TOGETHER, "dynamic"),
+    (["lora", "bitfit"], "mean"),
+]
 
 
 def trained(num_streams=2, backbone=None, **fields):
     """An adapter `small` after some training: every tensor that is trained has moved."""
     torch.manual_seed(1)
-    if fields.get("stream_transform", "prefix") == "prefix":
+    if "prefix" in fields.get("stream_transform", "prefix"):
         fields = {"num_prefix_tokens": 3, **fields}
     config = ParScaleConfig(task_type="CAUSAL_LM", num_streams=num_streams, init_std=0.5, **fields)
     return stirred(get_peft_model(tiny_model() if backbone is None else backbone, config, "small"), 0.1)
@@ -73,7 +78,7 @@ def test_a_small_perturbation_sets_copies_apart_and_hardly_changes_the_function(
 
 
 @pytest.mark.parametrize("perturbation", [0.0, 0.01])
-@pytest.mark.parametrize("transform", STREAM_TRANSFORMS)
+@pytest.mark.parametrize("transform", [*STREAM_TRANSFORMS, TOGETHER], ids=str)
 def test_perturbed_copies_drift_apart_in_training_and_exact_ones_do_not(transform, perturbation):
     model = trained(stream_transform=transform)
     grow_streams(model, "small", "large", 4, perturbation)
@@ -136,7 +141,7 @@ def test_whatever_prefixes_started_from_they_grow_as_plain_ones(start):
     )
 
 
-@pytest.mark.parametrize("fields", [{}, {"stream_transform": "lora"}])
+@pytest.mark.parametrize("fields", [{}, {"stream_transform": "lora"}, {"stream_transform": TOGETHER}])
 def test_shared_lora_and_saved_modules_are_copied(fields):
     lora = {"r": 2, "target_modules": ["q_proj", "down_proj"]}
     model = trained(lora=lora, modules_to_save=["lm_head"], **fields)

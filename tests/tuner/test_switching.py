@@ -26,6 +26,7 @@ ADAPTERS = {
     "p2": {"num_streams": 2, "num_prefix_tokens": 3},
     "p4": {"num_streams": 4, "stream_transform": "lora", "aggregator": "static"},
     "p8": {"num_streams": 8, "stream_transform": "bitfit", "aggregator": "mean"},
+    "together": {"num_streams": 3, "num_prefix_tokens": 5, "stream_transform": ["prefix", "lora"]},
     "p1": {"num_streams": 1},
     "low rank": {"num_streams": 1, "lora": ON_ATTENTION},
     "lower rank": {"num_streams": 1, "lora": ON_MLP},
@@ -148,14 +149,14 @@ def test_adapters_come_and_go_in_any_order(alone, seed):
 def test_the_deleted_active_adapter_is_followed_by_another_everywhere(alone):
     model = on_one_backbone()
     model.set_adapter("p8")
-    order = ["p8", "both", "joint", "low rank", "lower rank", "p1", "p2", "p4"]
+    order = ["p8", "both", "joint", "low rank", "lower rank", "p1", "p2", "p4", "together"]
     for deleted, following in itertools.pairwise(order):
         with pytest.warns(UserWarning, match=f"{deleted} was active which is now deleted. Setting .* to {following}"):
             model.delete_adapter(deleted)
         check(model, following, alone)
         active = {tuple(layer.active_adapters) for layer in model.get_layer_status()}
         assert active == {(following,)}
-    model.delete_adapter("p4")
+    model.delete_adapter("together")
     assert model.active_adapters == []
     assert torch.equal(logits(model.base_model.model), logits(tiny_model()))
 

@@ -184,7 +184,7 @@ def test_every_combination_trains(transform, aggregator, train_backbone):
     assert set(gradients) == {name for name in names if train_backbone or "parscale" in name}
     for name, gradient in gradients.items():
         assert gradient.isfinite().all(), name
-        streams = gradient if "prefix" in name or "transform" in name else [gradient]
+        streams = [gradient] if "parscale" not in name or "aggregator" in name else gradient
         assert all(stream.any() for stream in streams), name
 
 
@@ -192,9 +192,11 @@ def test_every_combination_trains(transform, aggregator, train_backbone):
 def test_streams_drift_apart_from_the_first_step_on(transform):
     model = streams_on(tiny_model(), stream_transform=transform)
     descend(model, 2)
-    for name, parameter in model.named_parameters():
-        if "parscale_transform" in name:
-            assert len({tuple(stream.flatten().tolist()) for stream in parameter}) == 3, name
+    own = {"lora": "parscale_lora.", "bitfit": "parscale_bias."}[transform]
+    moved = {name: parameter for name, parameter in model.named_parameters() if own in name}
+    assert len(moved) == 2 * 7 * (2 if transform == "lora" else 1)
+    for name, parameter in moved.items():
+        assert len({tuple(stream.flatten().tolist()) for stream in parameter}) == 3, name
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -334,8 +336,12 @@ def test_fields_of_another_transform_are_refused(fields, message):
 @pytest.mark.parametrize(
     ("field", "value", "rule"),
     [
-        ("stream_transform", "suffix", "must be one of prefix, lora, bitfit, got 'suffix'"),
-        ("stream_transform", None, "must be one of prefix, lora, bitfit, got None"),
+        (
+            "stream_transform",
+            "suffix",
+            "must be one of prefix, lora, bitfit, or a list of several, each once, got 'suffix'",
+        ),
+        ("stream_transform", None, "must be one of prefix, lora, bitfit, or a list of several, each once, got None"),
         ("aggregator", "median", "must be one of dynamic, static, mean, got 'median'"),
         ("stream_lora_rank", 0, "must be an integer of at least 1, got 0"),
         ("stream_lora_rank", 2.0, r"must be an integer of at least 1, got 2\.0"),
@@ -364,7 +370,7 @@ def test_copies_of_linear_layers_in_streams_are_refused(transform):
 
 def test_rank_and_scale_are_those_of_the_configuration():
     model = streams_on(tiny_model(), stream_transform="lora", stream_lora_rank=3, stream_lora_alpha=12.0)
-    module = model.get_base_model().model.layers[0].mlp.up_proj.parscale.parscale_transform["default"]
+    module = model.get_base_model().model.layers[0].mlp.up_proj.parscale.parscale_lora["default"]
     assert tuple(module.lora_A.shape) == (3, 3, 32)
     assert tuple(module.lora_B.shape) == (3, 48, 3)
     assert module.scaling == 4
