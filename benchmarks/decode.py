@@ -22,7 +22,7 @@ from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from train_step import build_backbone, describe_machine, random_ids, synchronize
-from transformers import DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from parscale_adapt import ParScaleConfig
 
@@ -98,7 +98,11 @@ class Decoding:
 
 
 def build_model(args: argparse.Namespace, num_streams: int) -> torch.nn.Module:
-    model = build_backbone(args)
+    if args.model:
+        dtype = getattr(torch, args.dtype)
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(args.device)
+    else:
+        model = build_backbone(args)
     if num_streams > 1:
         model = get_peft_model(model, ParScaleConfig(task_type="CAUSAL_LM", num_streams=num_streams))
     return model.eval()
@@ -204,6 +208,7 @@ def main() -> None:
     parser.add_argument("--hidden_size", type=int, default=512)
     parser.add_argument("--num_layers", type=int, default=8)
     parser.add_argument("--vocab_size", type=int, default=16384)
+    parser.add_argument("--model", help="folder of a causal LM, in the place of a random one of the shape above")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--compile", action="store_true", help="compile the step with the static cache")

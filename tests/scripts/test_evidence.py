@@ -1,0 +1,228 @@
+"""The evidence runs on a tiny backbone and a few tokens: what they compare, that a killed run resumes bit for bit, that
+tables are never mixed, and that what can't be finished says so."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support.tiny_models import VOCABULARY, tiny_model
+
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ROOT / "scripts"
+LENGTH = 16
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """The modules of the evidence runs, with batches of two rows of 16 tokens."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import evidence
+    import evidence_training
+
+    monkeypatch.setattr(evidence_training, "DOCUMENT_TOKENS", LENGTH)
+    monkeypatch.setattr(evidence_training, "TOKENS_PER_STEP", 2 * LENGTH)
+    monkeypatch.setattr(evidence_training, "DIAGNOSED_DOCUMENTS", 2)
+    return evidence
+
+
+@pytest.fixture
+def corpus(scripts):
+    from evidence_corpus import Corpus
+
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(*shape):
+        return torch.randint(1, VOCABULARY, shape, generator=generator, dtype=torch.int32)
+
+    documents = ids(6, LENGTH)
+    documents[0, 9:] = -1  # a short one
+    english = {"chat": ids(2, LENGTH), "documentation": ids(2, LENGTH), "gsm8k": ids(2, LENGTH)}
+    return Corpus(ids(2000), documents, ids(3, LENGTH), english, "0123456789ab", {})
+
+
+def run_of(corpus, experiment, state_file=None, seed=0):
+    from evidence_training import Run
+
+    return Run(experiment, seed, tiny_model("llama"), corpus, state_file)
+
+
+def experiments():
+    sys.path.insert(0, str(SCRIPTS))
+    from evidence_methods import FULL, LORA, PARSCALE, PREFIX_TUNING, Experiment, Rates
+
+    sys.path.remove(str(SCRIPTS))
+    streams = Rates(prefix=1e-2, aggregator=1e-3)
+    return {
+        "prefix_tuning": Experiment("prefix_tuning", PREFIX_TUNING, 2, rates=Rates(prefix=1e-2), steps=6),
+        "lora": Experiment("lora", LORA, lora_rank=2, rates=Rates(lora=1e-3), steps=6),
+        "streams": Experiment("streams", PARSCALE, 2, rates=streams, steps=6),
+        "both": Experiment("both", PARSCALE, 2, ("prefix", "lora"), rates=streams, steps=6),
+        "lora+streams": Experiment(
+            "lora+streams", PARSCALE, 2, lora_rank=2, rates=dataclasses.replace(streams, lora=1e-3), steps=6
+        ),
+        "full": Experiment("full", FULL, 2, rates=dataclasses.replace(streams, backbone=1e-4), steps=6),
+    }
+
+
+EXPERIMENTS = experiments()
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_what_a_killed_run_goes_on_with_gives_the_same_row(scripts, corpus, tmp_path, name):
+    whole = run_of(corpus, EXPERIMENTS[name])
+    whole.train()
+    state = tmp_path / "state.safetensors"
+    killed = run_of(corpus, EXPERIMENTS[name], state)
+    for step in range(4):
+        killed._step(step)
+        killed.progress.step += 1
+    killed._keep_state()
+    resumed = run_of(corpus, EXPERIMENTS[name], state)
+    resumed.train()
+    assert resumed.progress.curve[-1] == whole.progress.curve[-1]
+    figures, expected = resumed.measure(), whole.measure()
+    assert figures == expected
+    resumed.forget_state()
+    assert not state.exists()
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_each_part_is_trained_at_its_own_rate(scripts, corpus, name):
+    from evidence_methods import optimizer_groups
+
+    experiment = EXPERIMENTS[name]
+    run = run_of(corpus, experiment)
+    held = [parameter for group in optimizer_groups(experiment, run.model) for parameter in group["params"]]
+    assert {id(parameter) for parameter in held} == {id(parameter) for parameter in run.trained}
+    rates = {group["lr"] for group in optimizer_groups(experiment, run.model)}
+    assert rates == set(experiment.rates.given().values())
+
+
+def test_prefix_tuning_is_a_stream_with_the_prefix_tokens_of_all(scripts, corpus):
+    """Two streams with the same prefix are one stream with that prefix, whatever the aggregator."""
+    from evidence_methods import PrefixTuning, build
+
+    streams = build(EXPERIMENTS["streams"], tiny_model("llama")).eval()
+    with torch.no_grad():
+        for name, parameter in streams.named_parameters():
+            if "prefix" in name:
+                parameter[1] = parameter[0]
+    ids = corpus.heldout[1:, :LENGTH].long()
+    expected = streams(input_ids=ids).logits
+    for _, parameter in streams.named_parameters():
+        parameter.requires_grad_(False)
+    tuned = PrefixTuning(streams)
+    for stored in (tuned.keys, tuned.values):
+        for i, parameter in enumerate(stored):
+            half = parameter.shape[2] // 2
+            stored[i] = torch.nn.Parameter(parameter[:, :, :half].detach().clone())
+    torch.testing.assert_close(tuned(ids).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_losses_are_means_over_the_tokens_of_documents(scripts, corpus):
+    from evidence_training import document_losses, mean_loss
+
+    model = tiny_model("llama")
+    losses = document_losses(model, corpus.heldout, torch.device("cpu"))
+    total = 0.0
+    for row, loss in zip(corpus.heldout.long(), losses):
+        ids = row[row >= 0][None]
+        expected = model(input_ids=ids, labels=ids).loss.item()
+        assert loss == pytest.approx(expected, abs=1e-5)
+        total += expected * (ids.shape[1] - 1)
+    assert mean_loss(losses, corpus.heldout) == pytest.approx(total / (8 + 5 * 15), abs=1e-5)
+
+
+def test_a_run_whose_numbers_are_lost_is_a_row_that_says_so(scripts, corpus):
+    broken = dataclasses.replace(EXPERIMENTS["lora"], rates=dataclasses.replace(EXPERIMENTS["lora"].rates, lora=1e30))
+    row = row_of(scripts, corpus, broken)
+    assert row["status"].startswith("diverged: ")
+    assert "heldout_loss" not in row
+
+
+def test_a_run_that_ends_above_its_start_is_a_row_that_says_so(scripts, corpus):
+    worse = dataclasses.replace(EXPERIMENTS["lora"], rates=dataclasses.replace(EXPERIMENTS["lora"].rates, lora=1.0))
+    assert "above its start" in row_of(scripts, corpus, worse)["status"]
+
+
+def test_too_little_memory_is_known_before_the_start(scripts, corpus, monkeypatch):
+    monkeypatch.setattr(scripts, "_available_memory", lambda: 2**30)
+    row = row_of(scripts, corpus, EXPERIMENTS["streams"])
+    assert row["status"].startswith("skipped: needs about ")
+    assert "1.0 GiB are free" in row["status"]
+
+
+def row_of(scripts, corpus, experiment):
+    worker = scripts._Worker
+    worker.place = scripts.Place("cpu", Path(), Path(), Path("/nowhere"))
+    worker.corpus = corpus
+    worker.backbone = tiny_model("llama")
+    return worker.run(experiment, 0)
+
+
+def test_tables_are_never_mixed(scripts, tmp_path):
+    from evidence_rows import Table
+
+    file = tmp_path / "rows.csv"
+    shared = {"data": "a" * 12, "machine": "CPU x86_64", "versions": "torch 2"}
+    table = Table(file, shared)
+    table.add({"name": "lora8", "seed": 0, "status": "finished", "heldout_loss": 2.0})
+    table.add({"name": "lora8", "seed": 1, "status": "skipped: full"})
+    table.add({"name": "lora8", "seed": 1, "status": "diverged: NaN"})
+    again = Table(file, shared)
+    assert [row["status"] for row in again.rows] == ["finished", "diverged: NaN"]
+    assert again.has("lora8", 0)
+    assert again.has("lora8", 1)
+    assert not again.has("lora8", 2)
+    for column in shared:
+        with pytest.raises(ValueError, match=f"has rows with {column} .*--csv"):
+            Table(file, {**shared, column: "another"})
+
+
+def test_the_plan_needs_its_sweeps_and_names_each_run_once(scripts):
+    from evidence_plan import experiments as plan
+    from evidence_plan import sweeps
+
+    with pytest.raises(ValueError, match=r"No sweep of .* has finished"):
+        list(plan([], 1))
+    rows = [
+        {"name": run.name, "status": "finished", "tuning_loss": str(2 + abs(i - 1))}
+        for family in sweeps().values()
+        for i, run in enumerate(family)
+    ]
+    planned = [(run.name, seed) for run, seed in plan(rows, 3)]
+    assert len(planned) == len(set(planned))
+    second = {run.name: run for run, _ in plan(rows, 1)}["lora8+streams4"]
+    families = sweeps()
+    assert second.rates.prefix == families["lora_streams_tokens"][1].rates.prefix
+    assert second.rates.lora == families["lora"][1].rates.lora
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("# Copyright 2026\n#\n# Licensed under\n\nimport os\n", "import os\n"),
+        ("# a comment\nimport os\n", "# a comment\nimport os\n"),
+        ("import os  # License\n", "import os  # License\n"),
+        ("#!/usr/bin/env python\n# License: MIT\n", ""),
+    ],
+)
+def test_licence_headers_are_dropped(scripts, text, left):
+    from evidence_corpus import without_licence
+
+    assert without_licence(text) == left
+
+
+def test_a_changed_model_file_is_refused(scripts, tmp_path):
+    import smollm2
+
+    changed = tmp_path / smollm2.GGUF_NAME
+    changed.write_bytes(b"GGUF of another day")
+    with pytest.raises(ValueError, match=r"has sha256 .* but the published file has b179c9523d0e"):
+        smollm2.smollm2_folder(changed, tmp_path / "cache")
+    with pytest.raises(ValueError, match="There is no file"):
+        smollm2.smollm2_folder(tmp_path / "missing.gguf", tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
