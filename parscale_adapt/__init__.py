@@ -11,7 +11,9 @@ from .version import __version__
 
 
 if TYPE_CHECKING:
+    from .core.decorrelation import stream_decorrelation
     from .models.qwen2_parscale import Qwen2ParScaleConfig, Qwen2ParScaleForCausalLM, Qwen2ParScaleModel
+    from .training.diversity import final_stream_states
     from .training.learning_rates import parameter_groups
     from .training.stream_config import StreamConfig
     from .training.stream_statistics import StreamStatisticsCallback
@@ -32,8 +34,10 @@ __all__ = [
     "StreamStatisticsCallback",
     "StreamTrainer",
     "__version__",
+    "final_stream_states",
     "grow_streams",
     "parameter_groups",
+    "stream_decorrelation",
 ]
 
 __getattr__, __dir__ = lazy_names(
@@ -48,8 +52,10 @@ __getattr__, __dir__ = lazy_names(
         "StreamConfig": "training.stream_config",
         "StreamStatisticsCallback": "training.stream_statistics",
         "StreamTrainer": "training.trainer",
+        "final_stream_states": "training.diversity",
         "grow_streams": "tuner.grow",
         "parameter_groups": "training.learning_rates",
+        "stream_decorrelation": "core.decorrelation",
     },
 )
 

@@ -16,6 +16,7 @@ _MODULES = {
     "StreamTrainer": "trainer",
     "backbone_path": "launch",
     "check_run": "checks",
+    "final_stream_states": "diversity",
     "finish_run": "report",
     "load_backbone_tokenizer": "tokenizer",
     "load_instructions": "instructions",

@@ -60,6 +60,10 @@ FORBIDDEN_COMBINATIONS = (
         "one stream has no aggregator: leave --aggregator_learning_rate out",
     ),
     Combination(
+        frozenset({"diversity_weight", "one_stream"}),
+        "one stream has no other to differ from: leave --diversity_weight out",
+    ),
+    Combination(
         frozenset({"aggregator_learning_rate", "mean_aggregator"}),
         "a mean has nothing to learn: leave --aggregator_learning_rate out",
     ),
@@ -77,6 +81,7 @@ def run_properties(streams: ParScaleArguments, backbone: BackboneArguments, trai
         "frozen": not streams.train_backbone,
         "one_stream": streams.num_streams == 1,
         "mean_aggregator": streams.aggregator == "mean",
+        "diversity_weight": getattr(training, "diversity_weight", 0.0) > 0,
         "new_streams": backbone.adapter_name_or_path is None,
         **{name: getattr(training, name, None) is not None for name in RATE_OPTIONS},
         "zero3": zero_stage == 3,

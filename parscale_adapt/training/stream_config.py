@@ -1,5 +1,6 @@
 """TRL's training arguments with what streams add."""
 
+import math
 from dataclasses import dataclass, field
 
 from trl import SFTConfig
@@ -12,7 +13,7 @@ class StreamConfig(SFTConfig):
     """[`trl.SFTConfig`] with what [`StreamTrainer`] adds; the recipes' arguments.
 
     Raises:
-        ValueError: a learning rate isn't positive and finite.
+        ValueError: a learning rate isn't positive and finite, or the weight of the diversity term is negative.
     """
 
     prefix_learning_rate: float | None = field(
@@ -30,7 +31,19 @@ class StreamConfig(SFTConfig):
         metadata={"help": "Learning rate of the LoRA that all streams share; by default --learning_rate."},
     )
 
+    diversity_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the mean squared correlation between the streams' final hidden states, which is added to "
+            "the training loss; the held-out loss is without it."
+        },
+    )
+
     def __post_init__(self):
         check_rate("learning_rate", self.learning_rate)
         given_rates(self.prefix_learning_rate, self.aggregator_learning_rate, self.lora_learning_rate)
+        if not 0 <= self.diversity_weight < math.inf:
+            raise ValueError(
+                f"`diversity_weight` must be a finite number of at least 0, got {self.diversity_weight!r}."
+            )
         super().__post_init__()

@@ -20,6 +20,7 @@ from ..core.prefix import ReparameterizedPrefix
 from ..hf.fingerprint import describe_difference
 from ..models.standalone import STREAM_FIELDS
 from ..tuner.config import ParScaleConfig
+from .diversity import diversity_term, final_stream_states
 from .failures import TrainingStopped
 from .learning_rates import RATE_OPTIONS, LearningRatesCallback, given_rates, refuse_idle_rates, set_rates
 from .run_folder import last_verified_checkpoint, verified_checkpoints
@@ -35,10 +36,12 @@ class StreamTrainer(SFTTrainer):
     """[`trl.SFTTrainer`] for a model with ParScale streams; the arguments are the same.
 
     While several streams are trained, the log has what [`StreamStatisticsCallback`] says of them. With a
-    [`StreamConfig`] as `args`, parts of the model have learning rates of their own, which the log tells.
+    [`StreamConfig`] as `args`, parts of the model have learning rates of their own, which the log tells, and the loss a
+    diversity term: its mean over the micro-batches and processes of a step, whatever the number of their tokens.
 
     Raises:
-        ValueError: a learning rate can't have an effect, or the engine is one that can't train this model.
+        ValueError: a learning rate or the diversity term can't have an effect, or the engine is one that can't train
+            this model.
     """
 
     def __init__(self, *args, **kwargs):
@@ -46,6 +49,12 @@ class StreamTrainer(SFTTrainer):
         self.has_begun = False
         self._own_rates = given_rates(*(getattr(self.args, name, None) for name in RATE_OPTIONS))
         self._check_rates()
+        self._diversity_weight = getattr(self.args, "diversity_weight", 0.0)
+        if self._diversity_weight and not runs_in_streams(self.model):
+            raise ValueError(
+                f"`diversity_weight` is {self._diversity_weight}, but only one stream runs in this model, which has no other "
+                "to differ from: leave it out."
+            )
         self._check_engine()
         if getattr(self.model, "is_quantized", False) or getattr(self.model, "is_loaded_in_4bit", False):
             train_in_float32(self.model)
@@ -91,6 +100,22 @@ class StreamTrainer(SFTTrainer):
         if is_new and self._own_rates:
             set_rates(optimizer, args[0] if args else kwargs.get("model") or self.model, self._own_rates)
         return optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """TRL's loss; in training with the diversity term, which the log tells as `stream_decorrelation`."""
+        if (
+            not self._diversity_weight or not self.model.training
+        ):  # DeepSpeed's engine keeps `training` set in evaluation
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with final_stream_states(model) as states:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            term = diversity_term(states, inputs)
+        mean = self.accelerator.gather(term.detach()).mean().item()
+        self._metrics["train"]["stream_decorrelation"].append(mean)
+        # As TRL adds the balancing loss of experts: where the loss counts tokens, nothing divides it by the micro-batches.
+        num_steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+        weighted = self._diversity_weight * term / num_steps
+        return (result[0] + weighted, *result[1:]) if return_outputs else result + weighted
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         """One step as TRL does it; from the first one on, something has been trained that can be lost."""

@@ -54,6 +54,11 @@ def finished(recipes, material):
         ({"aggregator_learning_rate": 1e-3, "aggregator": "mean"}, "a mean has nothing to learn"),
         ({"prefix_learning_rate": 1e-3, "num_streams": 1, "train_backbone": True}, "one stream has no prefix"),
         ({"prefix_learning_rate": 0.0}, "`prefix_learning_rate` must be a positive, finite number, got 0.0"),
+        ({"diversity_weight": -0.1}, "`diversity_weight` must be a finite number of at least 0, got -0.1"),
+        (
+            {"diversity_weight": 0.1, "num_streams": 1, "train_backbone": True},
+            "one stream has no other to differ from",
+        ),
         ({"verify_backbone": False}, "`verify_backbone=False` lets an adapter run on another backbone"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",

@@ -21,6 +21,7 @@ RATES = {
     "prefix_learning_rate": 1e-2,
     "aggregator_learning_rate": 1e-3,
     "lr_scheduler_type": "linear",
+    "diversity_weight": 1.0,  # of each process's own batch, which in one process is a micro-batch
 }
 HALF = {"dtype": "bfloat16", "train_backbone": True}
 
@@ -79,7 +80,7 @@ def fsdp2(material, tmp_path_factory):
 def alone(recipes, material):
     """The same runs in one process, whose batch is the global batch."""
     cpt = {"frozen": {}, "full": {"train_backbone": True}, "tokens": {"init_weights": "tokens"}}
-    cpt["rates"] = RATES
+    cpt["rates"] = {**RATES, **TWO_PROCESSES, "gradient_accumulation_steps": 2}
     cpt["reparameterized"] = {"init_weights": "reparameterized"}
     return {name: recipes.run("cpt", **material.cpt_options(**changes)).check() for name, changes in cpt.items()}
 
@@ -165,6 +166,16 @@ def test_fsdp2_refuses_to_train_several_types(fsdp2):
         assert "trained parameters of several types (torch.bfloat16, torch.float32)" in sentence
 
 
+def assert_as_diverse(result, reference):
+    """What each step's log says of the correlation between streams."""
+    found, wanted = (
+        [entry["stream_decorrelation"] for entry in each.metrics["log_history"] if "loss" in entry]
+        for each in (result, reference)
+    )
+    assert found == pytest.approx(wanted, abs=1e-5)
+    assert min(found) > 0.01
+
+
 def rates_of(result):
     """What each step's log says of the rates of the parts."""
     steps = [entry for entry in result.metrics["log_history"] if "loss" in entry]
@@ -176,6 +187,7 @@ def test_every_part_keeps_its_rate_in_an_engine_and_over_a_resume(engine, name, 
     runs = request.getfixturevalue(engine)
     result = runs[name][0].check()
     assert_agree(result, alone["rates"])
+    assert_as_diverse(result, alone["rates"])
     assert rates_of(result) == rates_of(alone["rates"])
     for step, rates in enumerate(rates_of(result)):
         shares = {part: rate * (1 - step / 4) for part, rate in (("prefix", 1e-2), ("aggregator", 1e-3))}
@@ -200,6 +212,7 @@ def test_ddp_trains_as_one_process(material, alone, tmp_path):
     launch("ddp", tmp_path / "launch", script, command_line({"output_dir": tmp_path / "run", **options}))
     result = Result(0, tmp_path / "run", tmp_path)
     assert_agree(result, alone["rates"])
+    assert_as_diverse(result, alone["rates"])
     assert rates_of(result) == rates_of(alone["rates"])
     assert_streams_are_logged(result)
     assert torch.isfinite(reloaded_logits(result.output_dir)).all()

@@ -42,6 +42,7 @@ def identity(tmp_path, streams=None, backbone=None, data=None, **training):
         {"prefix_learning_rate": 1e-2},
         {"aggregator_learning_rate": 3e-4},
         {"lora_learning_rate": 1e-3},
+        {"diversity_weight": 0.1},
         {"streams": ParScaleArguments(num_streams=2)},
         {"backbone": BackboneArguments(model_revision="v2")},
         {"backbone": BackboneArguments(attn_implementation="eager")},

@@ -15,6 +15,7 @@ from parscale_adapt.training import StreamConfig, StreamTrainer
 
 RATES = {"prefix_learning_rate": 1e-2, "aggregator_learning_rate": 3e-4, "lora_learning_rate": 1e-3}
 ADAM = {"optim": "adamw_torch", "weight_decay": 0.1, "learning_rate": 1e-4}
+TOGETHER = {"stream_transform": ["prefix", "lora"]}
 SHARED_LORA = LoraConfig(r=2, target_modules=["q_proj"])
 
 
@@ -46,11 +47,11 @@ def described(groups, model):
     return found
 
 
-@pytest.mark.parametrize("fields", [{}, {"init_weights": "reparameterized"}, {"stream_transform": "bitfit"}])
+@pytest.mark.parametrize("fields", [{}, {"init_weights": "reparameterized"}, {"stream_transform": "bitfit"}, TOGETHER])
 @pytest.mark.parametrize("trains_backbone", [False, True])
 def test_every_part_has_its_rate_and_biases_and_norms_do_not_decay(fields, trains_backbone):
-    fields = {"num_prefix_tokens": None if "stream_transform" in fields else 3, **fields}
-    fields = {name: value for name, value in fields.items() if value is not None}
+    if "prefix" in fields.get("stream_transform", "prefix"):
+        fields = {"num_prefix_tokens": 3, **fields}
     rates = {name: rate for name, rate in RATES.items() if not (trains_backbone and name.startswith("lora"))}
     shared = {"train_backbone": True} if trains_backbone else {"lora": SHARED_LORA}
     model = get_peft_model(tiny_model(), ParScaleConfig(num_streams=2, **fields, **shared))
