@@ -29,7 +29,7 @@ from evidence_corpus import Corpus, load_corpus
 from evidence_methods import Experiment
 from evidence_plan import experiments, sweeps
 from evidence_rows import DIVERGED, FINISHED, SKIPPED, Table, shared_columns
-from evidence_training import TOKENS_PER_STEP, DivergedError, Run, document_losses, mean_loss
+from evidence_training import TOKENS_PER_STEP, DivergedError, Run
 from smollm2 import smollm2_folder
 from transformers import AutoModelForCausalLM
 
@@ -64,6 +64,7 @@ class _Worker:
         if place.device != "cpu":
             os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
             torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # costs a kernel for every tensor
             torch.set_float32_matmul_precision("high")  # TF32
         cls.place = place
         cls.corpus = load_corpus(place.corpus, place.model)
@@ -92,19 +93,17 @@ class _Worker:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         run = Run(experiment, seed, copy.deepcopy(cls.backbone), cls.corpus, state)
-        documents = cls.corpus.heldout
-        before = mean_loss(document_losses(run.model, documents, device), documents)
+        before = run.loss_on("tuning")
         run.train()
         figures = run.measure()
-        if float(str(figures["heldout_loss"])) > before:
-            raise DivergedError(
-                f"the held-out loss ended at {figures['heldout_loss']:.4f}, above its start {before:.4f}"
-            )
+        after = figures["tuning_loss"]
+        if after > before:
+            raise DivergedError(f"the loss on the tuning documents went from {before:.4f} to {after:.4f}")
         run.forget_state()
         peak = torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else _peak_of_process()
         return {
             **figures,
-            "loss_before": before,
+            "tuning_loss_before": before,
             "curve": run.curve_text(),
             "seconds": run.progress.seconds,
             "peak_memory_gib": peak,
@@ -118,7 +117,7 @@ def _described(experiment: Experiment, seed: int) -> dict[str, object]:
         **{name: value for name, value in fields.items() if name not in ("rates", "transforms")},
         **rates,
         "seed": seed,
-        "stage": "sweep" if experiment.name.startswith("sweep/") else "main",
+        "stage": "sweep" if experiment.is_sweep else "main",
         "model": "SmolLM2-135M-Instruct",
         "transforms": "+".join(experiment.transforms) if experiment.method not in ("backbone", "lora") else "",
         "tokens": experiment.steps * TOKENS_PER_STEP,

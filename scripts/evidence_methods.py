@@ -63,6 +63,11 @@ class Experiment:
     rates: Rates = field(default_factory=Rates)
     steps: int = 128
 
+    @property
+    def is_sweep(self) -> bool:
+        """Whether it only helps to choose a learning rate."""
+        return self.name.startswith("sweep/")
+
 
 def build(experiment: Experiment, backbone: PreTrainedModel) -> nn.Module:
     """What is trained, from a backbone of its own, which it changes."""

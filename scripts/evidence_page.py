@@ -97,13 +97,13 @@ def all_rows_table(results: Results) -> str:
                 label(name),
                 _millions(results, name),
                 str(len(seeds)),
-                f"{results.mean(name, 'loss_before'):.4f}",
+                f"{results.mean(name, 'tuning_loss_before') - results.mean('backbone', 'tuning_loss'):+.4f}",
                 f"{results.mean(name):.4f}" + (f" ({low:.4f} to {high:.4f})" if len(seeds) > 1 else ""),
                 *(f"{results.forgetting(name, kind):+.4f}" for kind in ENGLISH),
                 entropy,
             ]
         )
-    header = ("", "trained", "seeds", "before", "held-out loss", *ENGLISH, "entropy")
+    header = ("", "trained", "seeds", "start", "held-out loss", *ENGLISH, "entropy")
     return markdown_table(header, rows)
 
 

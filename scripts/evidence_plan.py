@@ -95,7 +95,7 @@ def experiments(rows: list[dict[str, str]], num_seeds: int) -> Iterator[tuple[Ex
             for experiment in _variants(chosen):
                 yield experiment, seed
     for seed in range(1, num_seeds):
-        for experiment in _variants(chosen):
+        for experiment in _other_starts(chosen):
             yield experiment, seed
 
 
@@ -110,6 +110,8 @@ def _claims(chosen: Choices) -> Iterator[Experiment]:
         lora_rank=SHARED_LORA_RANK,
         rates=dataclasses.replace(combined_rates, lora=lora.lora),
     )
+    # First, since it takes four times as long as others.
+    yield Experiment("lora8_4x_tokens", LORA, lora_rank=8, rates=lora, steps=4 * Experiment("", LORA).steps)
     for count in STREAMS:
         yield dataclasses.replace(combined, name=f"lora8+streams{count}", num_streams=count)
         rank = RANK_OF_LORA_AND_STREAMS[count]
@@ -121,7 +123,6 @@ def _claims(chosen: Choices) -> Iterator[Experiment]:
         tuned = Experiment("", PREFIX_TUNING, count, start="tokens", rates=chosen.rates("prefix_tuning"))
         yield dataclasses.replace(tuned, name=f"prefix_tuning{count * 48}")
     yield Experiment("lora8", LORA, lora_rank=8, rates=lora)
-    yield Experiment("lora8_4x_tokens", LORA, lora_rank=8, rates=lora, steps=4 * Experiment("", LORA).steps)
     full = chosen.rates("full")
     yield Experiment("full1", FULL, rates=full)
     stream_rates = chosen.rates(f"streams_{chosen.start}")
@@ -130,12 +131,16 @@ def _claims(chosen: Choices) -> Iterator[Experiment]:
         yield Experiment(f"full{count}", FULL, count, start=chosen.start, rates=rates)
 
 
-def _variants(chosen: Choices) -> Iterator[Experiment]:
-    base = Experiment("", PARSCALE, 4, start=chosen.start, rates=chosen.rates(f"streams_{chosen.start}"))
+def _other_starts(chosen: Choices) -> Iterator[Experiment]:
     for start in STARTS:
         if start != chosen.start:
             rates = chosen.rates(f"streams_{start}")
-            yield dataclasses.replace(base, name=f"streams4_start_{start}", start=start, rates=rates)
+            yield Experiment(f"streams4_start_{start}", PARSCALE, 4, start=start, rates=rates)
+
+
+def _variants(chosen: Choices) -> Iterator[Experiment]:
+    yield from _other_starts(chosen)
+    base = Experiment("", PARSCALE, 4, start=chosen.start, rates=chosen.rates(f"streams_{chosen.start}"))
     for smoothing in (0.0, 0.01):
         yield dataclasses.replace(base, name=f"streams4_smoothing_{smoothing:g}", smoothing=smoothing)
     low_rank = {"transforms": ("lora",), "start": "", "rates": chosen.rates("stream_lora")}

@@ -18,7 +18,7 @@ FINISHED, DIVERGED, SKIPPED = "finished", "diverged", "skipped"
 COLUMNS = (
     "name", "seed", "status", "stage", "model", "method", "num_streams", "transforms", "start", "smoothing",
     "lora_rank", "diversity_weight", "rate_prefix", "rate_aggregator", "rate_lora", "rate_backbone", "steps", "tokens",
-    "num_params", "trained_params", "loss_before", "heldout_loss", "tuning_loss", "loss_chat", "loss_documentation",
+    "num_params", "trained_params", "heldout_loss", "tuning_loss_before", "tuning_loss", "loss_chat", "loss_documentation",
     "loss_gsm8k", "mean_weights", "entropy_share", "rho", "curve", "loss_per_document", "seconds", "peak_memory_gib",
     "data", "machine", "versions",
 )  # fmt: skip

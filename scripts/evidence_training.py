@@ -24,11 +24,12 @@ BATCH_SIZE = 2
 TOKENS_PER_STEP = BATCH_SIZE * DOCUMENT_TOKENS
 WARMUP_SHARE = 0.1
 MAX_GRADIENT_NORM = 1.0
-NUM_CURVE_POINTS = 4
+NUM_CURVE_POINTS = 4  # the last is the final loss
 # Above as many rows of hidden states, layers are checkpointed: their activations would not fit a few processes.
-CHECKPOINTED_ROWS = 2 * TOKENS_PER_STEP
+CHECKPOINTED_ROWS = 4 * TOKENS_PER_STEP
 SECONDS_BETWEEN_STATES = 300
 DIAGNOSED_DOCUMENTS = 8
+EVALUATED_DOCUMENTS = 4  # at a time
 
 
 class DivergedError(Exception):
@@ -61,7 +62,7 @@ def document_losses(model: nn.Module, documents: torch.Tensor, device: torch.dev
     """Mean loss of each document, in nats per token."""
     model.eval()
     losses: list[float] = []
-    for rows in documents.split(4):
+    for rows in documents.split(EVALUATED_DOCUMENTS):
         batch = rows.to(device)
         sums = token_losses(model, batch).sum(1)
         losses += (sums / (batch[:, 1:] != NO_TOKEN).sum(1)).tolist()
@@ -124,12 +125,12 @@ class Run:
         """
         self._load_state()
         begun, kept = time.monotonic() - self.progress.seconds, time.monotonic()
-        points = {round(self.experiment.steps * (i + 1) / NUM_CURVE_POINTS) for i in range(NUM_CURVE_POINTS)}
+        points = {round(self.experiment.steps * (i + 1) / NUM_CURVE_POINTS) for i in range(NUM_CURVE_POINTS - 1)}
         while self.progress.step < self.experiment.steps:
             self._step(self.progress.step)
             self.progress.step += 1
             self.progress.seconds = time.monotonic() - begun
-            if self.progress.step in points:
+            if self.progress.step in points and not self.experiment.is_sweep:
                 self._measure_point()
                 begun += time.monotonic() - begun - self.progress.seconds  # measuring isn't training
             if self.state_file is not None and time.monotonic() - kept > SECONDS_BETWEEN_STATES:
@@ -154,26 +155,39 @@ class Run:
         return token_losses(self.model, ids).mean()
 
     def _measure_point(self) -> None:
-        losses = document_losses(self.model, self.corpus.heldout, self.device)
-        loss = mean_loss(losses, self.corpus.heldout)
+        self.progress.curve.append((self.progress.step * TOKENS_PER_STEP, self.loss_on("heldout")))
+
+    def loss_on(self, split: str) -> float:
+        """Mean loss on the corpus's `heldout` or `tuning` documents.
+
+        Raises:
+            DivergedError: it is not finite.
+        """
+        documents = getattr(self.corpus, split)
+        loss = mean_loss(document_losses(self.model, documents, self.device), documents)
         if not math.isfinite(loss):
-            raise DivergedError(f"the held-out loss after step {self.progress.step} is not finite")
-        self.progress.curve.append((self.progress.step * TOKENS_PER_STEP, loss))
+            raise DivergedError(f"the {split} loss after step {self.progress.step} is not finite")
+        return loss
 
     def measure(self) -> dict[str, object]:
-        """The figures of a row, by column."""
+        """The figures of a row, by column; of a sweep only the loss that chooses a rate."""
+        figures: dict[str, object] = {
+            "num_params": self.num_params,
+            "trained_params": sum(parameter.numel() for parameter in self.trained),
+            "tuning_loss": self.loss_on("tuning"),
+        }
+        if self.experiment.is_sweep:
+            return figures
         heldout = document_losses(self.model, self.corpus.heldout, self.device)
-        tuning = document_losses(self.model, self.corpus.tuning, self.device)
+        self.progress.curve.append((self.progress.step * TOKENS_PER_STEP, mean_loss(heldout, self.corpus.heldout)))
         english = {
             f"loss_{kind}": mean_loss(document_losses(self.model, rows, self.device), rows)
             for kind, rows in sorted(self.corpus.english.items())
         }
         return {
-            "num_params": self.num_params,
-            "trained_params": sum(parameter.numel() for parameter in self.trained),
-            "heldout_loss": mean_loss(heldout, self.corpus.heldout),
+            **figures,
+            "heldout_loss": self.progress.curve[-1][1],
             "loss_per_document": json.dumps([round(loss, 5) for loss in heldout]),
-            "tuning_loss": mean_loss(tuning, self.corpus.tuning),
             **english,
             **self._stream_figures(),
         }
