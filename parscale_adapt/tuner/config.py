@@ -160,8 +160,8 @@ class ParScaleConfig(ParScaleArguments, PeftConfig):
     Besides the fields of [`ParScaleArguments`] and of [`peft.PeftConfig`]:
 
     Args:
-        target_modules: names of the decoder and of the attention modules that hold prefixes. Found by running one
-            token through the backbone, never set by the user.
+        target_modules: names of the decoder and of the attention modules and linear layers in which streams differ.
+            Found by running a few tokens through the backbone, never set by the user.
         modules_to_save: as in PEFT, further modules to train and save with the adapter.
         lora: a [`peft.LoraConfig`] (or its fields as a dictionary) for low-rank weights on the backbone, shared by all
             streams, trained with them and saved in the same file. With `num_streams=1` it is a plain LoRA adapter.
