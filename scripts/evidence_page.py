@@ -59,7 +59,8 @@ def label(name: str) -> str:
     words |= {
         "streams4_lora": "4 streams that differ by LoRA",
         "streams4_prefix+lora": "4 streams that differ by prefix and LoRA",
-        "streams4_diversity": "4 streams, diversity term 0.1",
+        "streams4_diversity_1": "4 streams, diversity term 1",
+        "streams4_diversity_10": "4 streams, diversity term 10",
     }
     if name.startswith("streams4_start_"):
         return f"4 streams, start {name.removeprefix('streams4_start_')}"

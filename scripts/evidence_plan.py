@@ -14,7 +14,7 @@ AGGREGATOR_RATE = 3e-4  # at the prefixes' rate it swings between streams
 LORA_RATE_IN_SWEEPS = 1e-3
 STARTS = ("near_identity", "tokens", "normal", "reparameterized")
 STREAMS = (2, 4, 8)
-DIVERSITY_WEIGHT = 0.1  # as in ND-LoRA
+DIVERSITY_WEIGHTS = (1.0, 10.0)  # of a mean squared correlation, which is a few hundredths
 # LoRA ranks with as many parameters as P streams (48 prefix tokens each, and the aggregator) on SmolLM2-135M,
 # alone and beside a shared LoRA of rank 8.
 RANK_OF_STREAMS = {2: 6, 4: 12, 8: 23}
@@ -147,4 +147,5 @@ def _variants(chosen: Choices) -> Iterator[Experiment]:
     yield dataclasses.replace(base, name="streams4_lora", **low_rank)
     together = {"transforms": ("prefix", "lora"), "rates": chosen.rates("stream_both"), "start": "tokens"}
     yield dataclasses.replace(base, name="streams4_prefix+lora", **together)
-    yield dataclasses.replace(base, name="streams4_diversity", diversity_weight=DIVERSITY_WEIGHT)
+    for weight in DIVERSITY_WEIGHTS:
+        yield dataclasses.replace(base, name=f"streams4_diversity_{weight:g}", diversity_weight=weight)

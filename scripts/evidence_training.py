@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from parscale_adapt import final_stream_states, stream_decorrelation
 from parscale_adapt.analysis.diagnostics import diagnose
 from parscale_adapt.files import write_atomically
 
@@ -152,7 +153,12 @@ class Run:
         self.optimizer.zero_grad()
 
     def _objective(self, ids: torch.Tensor) -> torch.Tensor:
-        return token_losses(self.model, ids).mean()
+        weight = self.experiment.diversity_weight
+        if weight == 0:
+            return token_losses(self.model, ids).mean()
+        with final_stream_states(self.model) as states:
+            loss = token_losses(self.model, ids).mean()
+            return loss + weight * stream_decorrelation(states[-1])
 
     def _measure_point(self) -> None:
         self.progress.curve.append((self.progress.step * TOKENS_PER_STEP, self.loss_on("heldout")))

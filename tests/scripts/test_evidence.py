@@ -63,6 +63,7 @@ def experiments():
         "lora+streams": Experiment(
             "lora+streams", PARSCALE, 2, lora_rank=2, rates=dataclasses.replace(streams, lora=1e-3), steps=6
         ),
+        "diverse": Experiment("diverse", PARSCALE, 2, diversity_weight=0.1, rates=streams, steps=6),
         "full": Experiment("full", FULL, 2, rates=dataclasses.replace(streams, backbone=1e-4), steps=6),
     }
 
@@ -99,6 +100,12 @@ def test_each_part_is_trained_at_its_own_rate(scripts, corpus, name):
     assert {id(parameter) for parameter in held} == {id(parameter) for parameter in run.trained}
     rates = {group["lr"] for group in optimizer_groups(experiment, run.model)}
     assert rates == set(experiment.rates.given().values())
+
+
+def test_the_diversity_term_is_trained(scripts, corpus):
+    ids = corpus.train[: 2 * LENGTH].view(2, LENGTH)
+    plain, diverse = (run_of(corpus, EXPERIMENTS[name]) for name in ("streams", "diverse"))
+    assert diverse._objective(ids).item() > plain._objective(ids).item()
 
 
 def test_prefix_tuning_is_a_stream_with_the_prefix_tokens_of_all(scripts, corpus):
