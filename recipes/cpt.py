@@ -68,13 +68,12 @@ def heldout_rows(data: DataArguments, tokenizer: PreTrainedTokenizerBase, max_le
     """Packed rows that are never trained on, or None where the data has no held-out part."""
     source = data.heldout_source()
     if source is not None:
-        documents = load_source(source)
+        documents, name = load_source(source), source.label
     elif not data.sources():
-        documents = load_stdlib_corpus()["heldout"]
+        documents, name = load_stdlib_corpus()["heldout"], "standard library"
     else:
         return None
-    rows = pack_dataset(documents, tokenizer, max_length)
-    return rows.select(range(min(len(rows), data.max_heldout_rows)))
+    return pack_dataset(documents, tokenizer, max_length, data.max_heldout_rows, f"held out: {name}")
 
 
 def main(streams: ParScaleArguments, backbone: BackboneArguments, data: DataArguments, training: StreamConfig) -> None:

@@ -1,6 +1,7 @@
 """Text in, packed and mixed training rows out; questions and answers in, rows with a loss mask out."""
 
 from .chat_template import CHATML
+from .fingerprint import content_of, fingerprint_of_files
 from .inspection import check_rows, show_prepared
 from .instruction_rows import TRAIN_ON, InstructionSettings, RowPreparer
 from .instructions import prepare_instructions
@@ -35,11 +36,13 @@ __all__ = [
     "build_train_dataset",
     "check_rows",
     "check_vocabulary",
+    "content_of",
     "corpus_fingerprint",
     "default_heldout_split",
     "encode_documents",
     "end_token_ids",
     "find_local_files",
+    "fingerprint_of_files",
     "iterate_packed_rows",
     "load_rows",
     "load_source",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -113,8 +113,21 @@ def iterate_packed_rows(
     return pack_documents(iterate_encoded(dataset, tokenizer, label), max_length)
 
 
-def pack_dataset(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """Pack a whole dataset in its own order, for instance a held-out split.
+def pack_dataset(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    max_rows: int | None = None,
+    label: str = "dataset",
+) -> Dataset:
+    """Pack a dataset in its own order, for instance a held-out split.
+
+    Args:
+        dataset: with the column `text`.
+        tokenizer: needs an end token.
+        max_length: tokens per row.
+        max_rows: stop after this many rows.
+        label: name of the data, for errors.
 
     Returns:
         An in-memory dataset with the columns of `PACKED_FEATURES` (4 bytes per token).
@@ -123,10 +136,13 @@ def pack_dataset(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_lengt
         ValueError: the tokenizer has no end token, or there is no token to predict.
     """
     end_token_of(tokenizer)
-    rows = iterate_packed_rows(dataset, tokenizer, max_length)
+    rows = islice(iterate_packed_rows(dataset, tokenizer, max_length, label), max_rows)
     packed = rows_to_dataset((row.to_dict() for row in rows), PACKED_FEATURES)
     if not any(packed["num_tokens_trained"]):
-        raise ValueError(f"{len(dataset):,} documents hold no token to predict: give documents that are not empty.")
+        where = "" if max_rows is None else f" in the first {max_rows:,} rows"
+        raise ValueError(
+            f"{label}: its {len(dataset):,} documents hold no token to predict{where}: give documents that are not empty."
+        )
     return packed
 
 

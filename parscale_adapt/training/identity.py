@@ -1,11 +1,14 @@
-"""What makes a run the run that it is: every setting, but for those that can't change a trained number."""
+"""What makes a run the run that it is: its data, and every setting but for those that can't change a trained number."""
 
 import dataclasses
+import platform
+from pathlib import Path
 from typing import Any
 
 from transformers import SchedulerType
 from trl import SFTConfig
 
+from ..data import content_of, fingerprint_of_files
 from ..tuner.config import ParScaleArguments
 from .arguments import BackboneArguments
 
@@ -83,16 +86,22 @@ _MACHINE = frozenset(
         "torch_empty_cache_steps",
     }
 )
-_UNUSED_BY_RECIPES = frozenset({"do_predict", "do_train", "output_dir", "resume_from_checkpoint"})
-MAY_DIFFER = _EVALUATION | _SAVING | _LOGGING | _HUB | _MACHINE | _UNUSED_BY_RECIPES
+_UNUSED_BY_RECIPES = frozenset({"do_predict", "do_train", "output_dir"})
+_RESUMING = frozenset({"restart_optimizer", "resume_from_checkpoint"})
+MAY_DIFFER = _EVALUATION | _SAVING | _LOGGING | _HUB | _MACHINE | _UNUSED_BY_RECIPES | _RESUMING
 
+_TOKENIZER_FILES = ("*token*", "vocab*", "merges.txt", "chat_template*")
 _STEERED_BY_EVALUATION = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 
 
 def run_identity(
     recipe: str, streams: ParScaleArguments, backbone: BackboneArguments, data: Any, training: SFTConfig
 ) -> dict[str, Any]:
-    """The settings that decide a run's numbers, for [`parscale_adapt.training.run_folder.RunFolder`]."""
+    """The settings and the data that decide a run's numbers, for [`parscale_adapt.training.run_folder.RunFolder`].
+
+    Raises:
+        ValueError: there is no such data.
+    """
     return {
         "recipe": recipe,
         "streams": dataclasses.asdict(streams),
@@ -104,9 +113,28 @@ def run_identity(
         "load_in_4bit": backbone.load_in_4bit,
         "data": [source.path for source in data.sources()] or ["standard library"],
         "data_settings": dataclasses.asdict(data),
+        "content": _content(backbone, data, training),
         "world_size": training.world_size,
         **_deciding_settings(training),
     }
+
+
+def _content(backbone: BackboneArguments, data: Any, training: SFTConfig) -> dict[str, str]:
+    """What lies behind the names of data, chat template and tokenizer; what can't be known is left out."""
+    contents = {source.label: content_of(source) for source in data.sources()}
+    if not contents:
+        contents["standard library"] = f"Python {platform.python_version()}"
+    heldout = data.heldout_source()
+    if heldout is not None:
+        contents[f"held out: {heldout.label}"] = content_of(heldout)
+    for template in (getattr(data, "chat_template", None), training.chat_template_path):
+        if template is not None and Path(template).is_file():
+            contents[f"chat template: {template}"] = fingerprint_of_files([template])
+    folder = backbone.model_name_or_path
+    if folder is not None and Path(folder).expanduser().is_dir():
+        files = {path for name in _TOKENIZER_FILES for path in Path(folder).expanduser().glob(name)}
+        contents[f"tokenizer: {folder}"] = fingerprint_of_files(sorted(files))
+    return {name: content for name, content in contents.items() if content is not None}
 
 
 def _deciding_settings(training: SFTConfig) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from ..files import write_text
 RUN_FILE = "run.json"
 SAVE_RECORD = "verified_save.json"
 METRICS_FILE = "metrics.json"
-_SECTIONS = ("streams", "data_settings")  # settings of their own; all other mappings are values
+_FREE_TO_CHANGE = "logging, saving, evaluation, the hub and data loader workers may change, all else may not"
+_SECTIONS = ("streams", "data_settings", "content")  # settings of their own; all other mappings are values
 
 
 def verified_checkpoints(folder: str | Path) -> list[Path]:
@@ -83,14 +84,14 @@ class RunFolder:
         for name in sorted(there.keys() & here.keys()):
             if there[name] != here[name]:
                 raise ValueError(
-                    f"{self.path} holds a different run: `{name}` is {there[name]!r} there and {here[name]!r} here. "
-                    "Choose another `output_dir`, or the same settings to resume."
+                    f"{self.path} holds a different run: {_difference(name, there[name], here[name])}. Choose another "
+                    f"`output_dir`, or resume with the same ({_FREE_TO_CHANGE})."
                 )
         unknown = sorted(there.keys() ^ here.keys())
         if unknown:
             more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
             print(
-                f"{self.path} was started by another version, which knew other settings, so these can't be compared: "
+                f"{self.path} was started by another version or out of the hub's reach, and knew other settings, so these can't be compared: "
                 f"{', '.join(unknown[:5])}{more}. Make sure that they are as they were.",
                 file=sys.stderr,
             )
@@ -111,6 +112,13 @@ class RunFolder:
         if not (Path(wanted) / SAVE_RECORD).is_file():
             raise ValueError(f"{wanted} is no complete checkpoint: it has no {SAVE_RECORD}, which is written last.")
         return wanted
+
+
+def _difference(name: str, there: Any, here: Any) -> str:
+    section, _, data = name.partition(".")
+    if section == "content":
+        return f"the content of {data} is another now (fingerprint {there} there and {here} here)"
+    return f"`{name}` is {there!r} there and {here!r} here"
 
 
 def _by_name(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

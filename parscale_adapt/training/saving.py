@@ -172,8 +172,10 @@ def save_final_model(
 
 
 def record_verified(folder: str | Path, num_tensors: int) -> None:
-    """Mark a folder as completely saved; written last."""
-    write_text(Path(folder) / SAVE_RECORD, json.dumps({"num_tensors": num_tensors}))
+    """Mark a folder as completely saved, with the size in bytes of each of its files; written last."""
+    paths = (path for path in sorted(Path(folder).rglob("*")) if path.is_file() and path.suffix != ".md")
+    files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
+    write_text(Path(folder) / SAVE_RECORD, json.dumps({"num_tensors": num_tensors, "files": files}))
 
 
 def forget_verified(folder: str | Path) -> None:

@@ -30,6 +30,13 @@ class StreamConfig(SFTConfig):
         default=None,
         metadata={"help": "Learning rate of the LoRA that all streams share; by default --learning_rate."},
     )
+    restart_optimizer: bool = field(
+        default=False,
+        metadata={
+            "help": "With --resume_from_checkpoint: go on from the weights and the step of a checkpoint with a new optimizer "
+            "and new random numbers, where its own are lost or not wanted."
+        },
+    )
 
     diversity_weight: float = field(
         default=0.0,

@@ -2,37 +2,30 @@
 resumes.
 """
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import TrainOutput, rotate_checkpoints
-from trl import SFTTrainer
+from transformers.trainer_utils import rotate_checkpoints
 
-from ..core.prefix import ReparameterizedPrefix
-from ..hf.fingerprint import describe_difference
-from ..models.standalone import STREAM_FIELDS
-from ..tuner.config import ParScaleConfig
 from .diversity import diversity_term, final_stream_states
 from .failures import TrainingStopped
+from .finiteness import FiniteCheck, on_one_mesh
+from .heldout import plain_cross_entropy
 from .learning_rates import RATE_OPTIONS, LearningRatesCallback, given_rates, refuse_idle_rates, set_rates
-from .run_folder import last_verified_checkpoint, verified_checkpoints
+from .resuming import UNFOLDED_FILE, ResumingTrainer, has_unfolded_prefixes
+from .run_folder import verified_checkpoints
 from .saving import verified_save, whole_state
 from .stream_statistics import StreamStatisticsCallback, runs_in_streams
 
 
-UNFOLDED_FILE = "unfolded_state.safetensors"
-_STREAM_SETTINGS = (*STREAM_FIELDS, "init_weights", "train_backbone", "lora")
-
-
-class StreamTrainer(SFTTrainer):
+class StreamTrainer(ResumingTrainer):
     """[`trl.SFTTrainer`] for a model with ParScale streams; the arguments are the same.
 
     While several streams are trained, the log has what [`StreamStatisticsCallback`] says of them. With a
@@ -55,6 +48,9 @@ class StreamTrainer(SFTTrainer):
                 f"`diversity_weight` is {self._diversity_weight}, but only one stream runs in this model, which has no other "
                 "to differ from: leave it out."
             )
+        self._finite = FiniteCheck(self.accelerator)
+        # It would hide what stops the run, and waits for the loss of each batch.
+        self.args.logging_nan_inf_filter = False
         self._check_engine()
         if getattr(self.model, "is_quantized", False) or getattr(self.model, "is_loaded_in_4bit", False):
             train_in_float32(self.model)
@@ -63,11 +59,6 @@ class StreamTrainer(SFTTrainer):
         if self._own_rates:
             LearningRatesCallback.add_to(self)
 
-    @property
-    def adapter_name(self) -> str:
-        """The adapter that is trained."""
-        return self.accelerator.unwrap_model(self.model).active_adapters[0]
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as TRL does, with the number of tokens as transformers counts them, where it does."""
         if self.args.include_num_input_tokens_seen != "no":
@@ -75,23 +66,6 @@ class StreamTrainer(SFTTrainer):
             mode = "train" if self.model.training else "eval"
             self._metrics[mode]["num_tokens"] = [float(self.state.num_input_tokens_seen)]
         super().log(logs, start_time)
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> TrainOutput:
-        """Train as TRL does; a checkpoint of other streams or of another backbone is refused before it is read.
-
-        Args:
-            resume_from_checkpoint: a checkpoint; or True for the last one in `output_dir` whose save was verified.
-            **kwargs: as in [`transformers.Trainer.train`].
-
-        Raises:
-            ValueError: there is no such checkpoint, or it can't be resumed.
-        """
-        self.has_begun = False
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = str(last_verified_checkpoint(self.args.output_dir))
-        if resume_from_checkpoint:
-            check_resumable(self.model.peft_config[self.adapter_name], resume_from_checkpoint)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         """Create it as transformers does; with rates of their own, every part of the model gets its groups."""
@@ -102,10 +76,14 @@ class StreamTrainer(SFTTrainer):
         return optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """TRL's loss; in training with the diversity term, which the log tells as `stream_decorrelation`."""
-        if (
-            not self._diversity_weight or not self.model.training
-        ):  # DeepSpeed's engine keeps `training` set in evaluation
+        """TRL's loss, in training with the diversity term, which the log tells as `stream_decorrelation`.
+
+        In evaluation it is the plain cross-entropy of the next token, in nats, whatever is minimised.
+        """
+        if not self.model.training:  # DeepSpeed's engine keeps `training` set in evaluation
+            with plain_cross_entropy(self):
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not self._diversity_weight:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         with final_stream_states(model) as states:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -120,7 +98,35 @@ class StreamTrainer(SFTTrainer):
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         """One step as TRL does it; from the first one on, something has been trained that can be lost."""
         self.has_begun = True
-        return super().training_step(*args, **kwargs)
+        loss = super().training_step(*args, **kwargs)
+        self._finite.add(loss)
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor | float | None:
+        """Clip as transformers does, but look at the gradients before: a norm that is no number would spoil all of them."""
+        if self._engine_clips(model):
+            return super()._clip_grad_norm(model)
+        norm = self._finite_norm(model)
+        clip_grads_with_norm_(model.parameters(), self.args.max_grad_norm, norm)
+        return norm
+
+    def _get_grad_norm(
+        self, model: nn.Module, grad_norm: torch.Tensor | float | None = None
+    ) -> torch.Tensor | float | None:
+        if self._engine_clips(model):
+            grad_norm = super()._get_grad_norm(model, grad_norm)
+            self._finite.check(self.state.global_step + 1, model, grad_norm)
+            return grad_norm
+        return self._finite_norm(model) if grad_norm is None else grad_norm
+
+    def _engine_clips(self, model: nn.Module) -> bool:
+        return self.is_deepspeed_enabled or not on_one_mesh(model)
+
+    def _finite_norm(self, model: nn.Module) -> torch.Tensor:
+        self.accelerator.unscale_gradients()
+        norm = get_total_norm([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+        self._finite.check(self.state.global_step + 1, model, norm)
+        return norm
 
     def stopped_by(self, error: Exception) -> TrainingStopped:
         """What to say of an error that stops training, with the checkpoint from which it goes on."""
@@ -145,6 +151,7 @@ class StreamTrainer(SFTTrainer):
         unwrapped = self.accelerator.unwrap_model(self.model)
         writes, barrier = self.args.should_save, self.accelerator.wait_for_everyone
         with verified_save(unwrapped, folder, self.adapter_name, writes, barrier), self._keeping_all_checkpoints():
+            self._save_unfolded(unwrapped, folder)
             super()._save_checkpoint(model, trial)
         if writes:
             limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
@@ -158,21 +165,14 @@ class StreamTrainer(SFTTrainer):
         finally:
             self.args.save_total_limit = limit
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        model = self.accelerator.unwrap_model(self.model)
-        if _has_unfolded_prefixes(model):
-            state = whole_state(model, self.adapter_name, keep=self.args.should_save)
-            if self.args.should_save:
-                save_file(state, Path(output_dir) / UNFOLDED_FILE)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PeftModel | None = None) -> None:
-        """Load as transformers does; but reparameterised prefixes, which the adapter file has folded, unfolded."""
-        if self.is_fsdp_enabled or not _has_unfolded_prefixes(self.model):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+    def _save_unfolded(self, model: nn.Module, folder: Path) -> None:
+        """Keep reparameterised prefixes, which the adapter file has folded, as they are trained."""
+        if not has_unfolded_prefixes(model):
             return
-        state = load_file(Path(resume_from_checkpoint) / UNFOLDED_FILE)
-        self.model.load_state_dict(state, strict=False)  # all that is trained; the frozen backbone is not in it
+        state = whole_state(model, self.adapter_name, keep=self.args.should_save)
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(state, folder / UNFOLDED_FILE)
 
     def _check_rates(self) -> None:
         """Refuse rates of their own that nothing would use.
@@ -215,7 +215,13 @@ class StreamTrainer(SFTTrainer):
 
     @torch.no_grad()
     def heldout_loss(self) -> float:
-        """Mean loss per token over the evaluation rows, in nats; every rank must call it, and sees all rows."""
+        """Mean cross-entropy per target token over the evaluation rows, in nats, however the model was trained.
+
+        Every rank must call it, and sees all rows.
+
+        Raises:
+            ValueError: no row has a target.
+        """
         model = self.model_wrapped
         was_training = model.training
         model.eval()
@@ -231,27 +237,9 @@ class StreamTrainer(SFTTrainer):
             num_targets += count
         self._metrics["eval"].clear()
         model.train(was_training)
+        if num_targets == 0:
+            raise ValueError(f"None of {len(rows):,} held-out rows has a token to predict: give rows that have one.")
         return total / num_targets
-
-
-def check_resumable(config: PeftConfig, checkpoint: str) -> None:
-    """Refuse a checkpoint of other streams or of another backbone.
-
-    Raises:
-        ValueError: the number of streams, what they differ by, what is trained or the backbone differ.
-    """
-    stored = ParScaleConfig().to_dict() | json.loads((Path(checkpoint) / "adapter_config.json").read_text())
-    current = config.to_dict()
-    for name in _STREAM_SETTINGS:
-        here = current[name]
-        if stored[name] != here:
-            raise ValueError(
-                f"{checkpoint} can't be resumed: its `{name}` is {stored[name]!r}, this run's is {here!r}. Resume with "
-                "the settings that it was saved with."
-            )
-    difference = describe_difference(stored["backbone_fingerprint"], config.backbone_fingerprint)
-    if difference is not None:
-        raise ValueError(f"{checkpoint} can't be resumed, since it was trained on another backbone: {difference}.")
 
 
 def train_in_float32(model: nn.Module) -> None:
@@ -259,7 +247,3 @@ def train_in_float32(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-
-
-def _has_unfolded_prefixes(model: nn.Module) -> bool:
-    return any(isinstance(module, ReparameterizedPrefix) for module in model.modules())

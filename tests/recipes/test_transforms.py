@@ -11,8 +11,8 @@ from support.tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
 from parscale_adapt import ParScaleConfig
+from parscale_adapt.training.resuming import check_resumable
 from parscale_adapt.training.saving import live_tensors, verify_save, whole_state
-from parscale_adapt.training.trainer import check_resumable
 
 
 @pytest.mark.parametrize(
