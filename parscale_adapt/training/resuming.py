@@ -67,7 +67,7 @@ class ResumingTrainer(SFTTrainer):
                 check_states(resume_from_checkpoint, expected_states(self))
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
-    def _prepare_restart(self, checkpoint: str | None) -> None:
+    def _prepare_restart(self, checkpoint: str | bool | None) -> None:
         """Say what starts anew.
 
         Raises:
@@ -81,7 +81,7 @@ class ResumingTrainer(SFTTrainer):
                 f"new run from the weights with `--adapter_name_or_path {checkpoint}` and another `--output_dir`."
             )
         self.accelerator.print(
-            f"Going on from {checkpoint} at step {check_step(checkpoint)}: the optimizer, the loss scale and the random "
+            f"Going on from {checkpoint} at step {check_step(str(checkpoint))}: the optimizer, the loss scale and the random "
             "numbers start anew, the learning rate's schedule goes on at this step. It is not the run that it would have been."
         )
 

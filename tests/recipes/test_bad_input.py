@@ -1,6 +1,7 @@
 """Wrong input to a recipe: one sentence, exit code 1, nothing trained, and most of it before any weight loads."""
 
 import json
+import shutil
 
 import pytest
 from peft import LoraConfig, get_peft_model
@@ -146,6 +147,31 @@ def test_resuming_on_other_weights_in_the_same_place_is_refused(recipes, materia
     model.save_pretrained(backbone)
     result = recipes.run("cpt", folder, resume_from_checkpoint=True, **options)
     assert "was trained on another backbone" in refusal(result, loads_weights=True)
+
+
+@pytest.mark.parametrize("recipe", ["cpt", "sft"])
+def test_held_out_rows_without_a_target_are_refused(recipes, material, tmp_path, recipe):
+    data = tmp_path / "heldout.jsonl"
+    rows = {"cpt": {"text": ""}, "sft": {"prompt": "word " * 400, "completion": "yes"}}
+    data.write_text(f"{json.dumps(rows[recipe])}\n" * 4)
+    options = material.cpt_options() if recipe == "cpt" else material.sft_options(max_length=64)
+    sentence = refusal(recipes.run(recipe, **{**options, "heldout_dataset": data}))
+    assert f"held out: {data}" in sentence
+
+
+def test_data_that_changed_is_refused_when_a_run_goes_on(recipes, material, tmp_path):
+    data, folder = tmp_path / "data.jsonl", tmp_path / "run"
+    shutil.copy(material.text, data)
+    options = material.cpt_options(dataset_name=data, save_strategy="steps", save_steps=2, max_steps=2)
+    recipes.run("cpt", folder, **options).check()
+    shutil.copy(material.other_text, data)
+    sentence = refusal(recipes.run("cpt", folder, resume_from_checkpoint=True, **options))
+    assert f"the content of {data} is another now" in sentence
+
+
+def test_a_new_optimizer_without_a_checkpoint_is_refused(recipes, material):
+    result = recipes.run("cpt", **material.cpt_options(restart_optimizer=True))
+    assert "`restart_optimizer` has no effect without" in refusal(result, loads_weights=True)
 
 
 def test_a_start_that_trained_nothing_does_not_hold_the_folder(recipes, material, tmp_path):

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 
 NUM_STEPS, SAVE_STEPS = 6, 2
@@ -106,3 +107,32 @@ def test_the_last_complete_checkpoint_stays_until_the_next_is_complete(recipes, 
     assert (tmp_path / "killed" / "checkpoint-2" / "verified_save.json").is_file()
     recipes.run("cpt", tmp_path / "killed", resume_from_checkpoint=True, **options).check()
     assert [path.name for path in (tmp_path / "killed").glob("checkpoint-*")] == ["checkpoint-6"]
+
+
+@pytest.mark.parametrize("init_weights", ["normal", "reparameterized"])
+def test_a_checkpoint_of_weights_goes_on_with_a_new_optimizer_where_that_is_asked_for(
+    recipes, material, tmp_path, init_weights
+):
+    options = material.cpt_options(
+        save_strategy="steps", save_steps=2, save_only_model=True, init_weights=init_weights
+    )
+    recipes.run("cpt", tmp_path, kill_at_batch=3, **options)
+    refused = recipes.run("cpt", tmp_path, resume_from_checkpoint=True, **options)
+    assert "can't be resumed as it was: it has no optimizer.pt" in refused.errors()[0]
+    assert refused.batches() == []
+    resumed = recipes.run("cpt", tmp_path, resume_from_checkpoint=True, restart_optimizer=True, **options).check()
+    assert [batch["step"] for batch in resumed.batches()] == [2, 3]
+    assert "the random numbers start anew" in (resumed.record / "stdout.0").read_text().replace("\n", " ")
+
+
+@pytest.mark.parametrize("init_weights", ["normal", "reparameterized"])
+def test_the_best_checkpoint_is_what_is_saved_in_the_end(recipes, material, init_weights):
+    measured = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    best = {"load_best_model_at_end": True, "greater_is_better": True}  # so that it is not the last one
+    run = recipes.run("cpt", **material.cpt_options(init_weights=init_weights, **measured, **best)).check()
+    expected = load_file(run.output_dir / "checkpoint-2" / "adapter_model.safetensors")
+    assert run.tensors.keys() == expected.keys()
+    assert all(torch.equal(run.tensors[name], tensor) for name, tensor in expected.items())
+    losses = [entry["eval_loss"] for entry in run.metrics["log_history"] if "eval_loss" in entry]
+    assert losses[0] > losses[1]
+    assert run.metrics["heldout_loss"] == pytest.approx(losses[0], abs=1e-3)

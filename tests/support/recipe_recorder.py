@@ -52,6 +52,8 @@ def _execute_here(run: dict) -> int:
     _record_logits(folder / f"logits.{RANK}.pt")
     if run["kill_in_save"]:
         _kill_in_save(run["kill_in_save"])
+    if run["spoil_gradient_at"] is not None:
+        _spoil_gradient(run["spoil_gradient_at"])
     if run["save_shards"]:
         StreamTrainer.save_model = lambda self, output_dir, **kwargs: self._save(output_dir)
     if run["fsdp_on_cpu"]:
@@ -121,6 +123,23 @@ def _record_batches(path: Path, kill_at_batch: int | None, records_learning: boo
         return result
 
     StreamTrainer.compute_loss = recording
+
+
+def _spoil_gradient(batch: int) -> None:
+    """Let the gradients of one batch be no numbers, whose loss is finite."""
+    compute_loss = StreamTrainer.compute_loss
+    num_batches = 0
+
+    def spoiling(self, model, inputs, *args, **kwargs):
+        nonlocal num_batches
+        loss = compute_loss(self, model, inputs, *args, **kwargs)
+        if model.training:
+            if num_batches == batch:
+                loss.register_hook(lambda gradient: gradient * float("nan"))
+            num_batches += 1
+        return loss
+
+    StreamTrainer.compute_loss = spoiling
 
 
 def _parameter_kinds(model: torch.nn.Module) -> list[str]:

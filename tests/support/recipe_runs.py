@@ -40,6 +40,7 @@ class Run:
         record: folder for what it prints and trains on.
         kill_at_batch: kill it (SIGKILL) before this batch, counted from 0 over the whole execution.
         kill_in_save: kill it while the checkpoint of this step is half written.
+        spoil_gradient_at: let all gradients be no number in this batch, whose loss is finite.
         fail_to_measure: let the measurement of the held-out loss fail.
         kill_after: kill it so many seconds after its start, wherever it is.
         resume_if_possible: go on from the last complete checkpoint, if there is one.
@@ -54,6 +55,7 @@ class Run:
     record: str
     kill_at_batch: int | None = None
     kill_in_save: int | None = None
+    spoil_gradient_at: int | None = None
     fail_to_measure: bool = False
     kill_after: float | None = None
     resume_if_possible: bool = False

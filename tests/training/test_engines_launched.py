@@ -26,6 +26,18 @@ RATES = {
 HALF = {"dtype": "bfloat16", "train_backbone": True}
 
 
+def spoiled(folder, options):
+    """A run that meets a gradient that is no number, one without states, and what is made of its checkpoint."""
+    lean = {**options, **SAVES, "save_only_model": True, "output_dir": folder / "lean"}
+    again = {**lean, "resume_from_checkpoint": True}
+    return {
+        "spoiled": ("cpt", {**options, **SAVES, "spoil_gradient_at": 3}),
+        "lean": ("cpt", {**lean, "max_steps": 2}),
+        "model_only": ("cpt", {**again, "max_steps": 2}),
+        "restarted": ("cpt", {**again, "max_steps": 2, "restart_optimizer": True}),
+    }
+
+
 def resumed(name, folder, options):
     """A run, and one that goes on from the middle of it."""
     checkpoint = folder / name / f"checkpoint-{LAST_SAVE}"
@@ -51,6 +63,7 @@ def zero3(material, tmp_path_factory):
         "reparameterized": ("cpt", {**options, "init_weights": "reparameterized"}),
         "sft": ("sft", {**sft, "num_streams": None, "num_prefix_tokens": None}),
         "shards": ("cpt", {**options, **SAVES, "save_shards": True}),
+        **spoiled(folder, options),
         "zero2": ("cpt", {**options, "environment": {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, "train_backbone": True}),
     }
     for stage in "123":
@@ -70,6 +83,7 @@ def fsdp2(material, tmp_path_factory):
         **resumed("rates", folder, {**options, **SAVES, **RATES}),
         "tokens": ("cpt", {**options, "init_weights": "tokens"}),
         "shards": ("cpt", {**options, **SAVES, "save_shards": True}),
+        **spoiled(folder, options),
         "mixed": ("cpt", {**options, **HALF, "bf16": True}),
         "half": ("cpt", {**options, **HALF}),
     }
@@ -83,6 +97,32 @@ def alone(recipes, material):
     cpt["rates"] = {**RATES, **TWO_PROCESSES, "gradient_accumulation_steps": 2}
     cpt["reparameterized"] = {"init_weights": "reparameterized"}
     return {name: recipes.run("cpt", **material.cpt_options(**changes)).check() for name, changes in cpt.items()}
+
+
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_a_gradient_that_is_no_number_stops_every_engine(engine, request):
+    for rank, result in enumerate(request.getfixturevalue(engine)["spoiled"]):
+        assert result.exit_code == 1
+        (sentence,) = result.errors(rank)
+        assert "stopped after step 3 by NonFiniteError: the gradient of" in sentence
+        assert "is not finite in step 4" in sentence
+        assert f"the last verified checkpoint is {result.output_dir}/checkpoint-2" in sentence
+        assert not (result.output_dir / "checkpoint-4").exists()
+        if engine == "fsdp2":
+            assert "the gradient of base_model.model." in sentence
+
+
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_an_engine_s_checkpoint_without_its_optimizer_is_refused(engine, request):
+    for kind, sentence in (
+        ("model_only", "can't be resumed as it was: it has no"),
+        ("restarted", "can't go on under"),
+    ):
+        for rank, result in enumerate(request.getfixturevalue(engine)[kind]):
+            assert result.exit_code == 1
+            (error,) = result.errors(rank)
+            assert sentence in error
+            assert result.batches(rank) == []
 
 
 def batches_of(result, rank):

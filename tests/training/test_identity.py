@@ -98,3 +98,65 @@ def as_stored(settings):
 def test_evaluation_that_steers_training_is_compared(tmp_path, options):
     options = {**options, "eval_strategy": "steps"}
     assert identity(tmp_path, eval_steps=4, **options) != identity(tmp_path, eval_steps=8, **options)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Training text, held-out text and a tokenizer."""
+    names = ("text.jsonl", "other.jsonl", "heldout.jsonl", "backbone/tokenizer.json")
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"text": "a"}\n')
+    return tmp_path
+
+
+def over(files, **changes):
+    """The identity of a mixture of two files."""
+    sources = [
+        {"path": str(files / name), "weight": weight} for name, weight in (("text.jsonl", 3), ("other.jsonl", 1))
+    ]
+    data = {"datasets": sources, "heldout_dataset": str(files / "heldout.jsonl"), **changes}
+    backbone = BackboneArguments(model_name_or_path=str(files / "backbone"))
+    return identity(files, data=DataArguments(**data), backbone=backbone)
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("text.jsonl", "text.jsonl"),
+        ("other.jsonl", "other.jsonl"),
+        ("heldout.jsonl", r"held out: \S+heldout.jsonl"),
+        ("backbone/tokenizer.json", "tokenizer: "),
+    ],
+)
+def test_data_that_changed_behind_its_name_is_refused_and_named(files, name, what):
+    folder = RunFolder(files / "run", over(files))
+    folder.open(None)
+    (files / "run" / "checkpoint-1").mkdir()
+    (files / "run" / "checkpoint-1" / "verified_save.json").write_text("{}")
+    assert RunFolder(files / "run", over(files)).open("true").endswith("checkpoint-1")
+    (files / name).write_text('{"text": "b"}\n')
+    with pytest.raises(ValueError, match=f"the content of .*{what}.* is another now") as raised:
+        RunFolder(files / "run", over(files)).open("true")
+    assert "(logging, saving, evaluation, the hub and data loader workers may change, all else may not)" in str(
+        raised.value
+    )
+
+
+def test_weights_of_a_mixture_are_compared(files):
+    before = as_stored(over(files))
+    sources = [{"path": str(files / name), "weight": 1} for name in ("text.jsonl", "other.jsonl")]
+    assert as_stored(over(files, datasets=sources)) != before
+
+
+def test_a_hub_out_of_reach_compares_nothing(tmp_path, monkeypatch, capsys):
+    answers = iter([None, "a" * 40, "b" * 40])
+    monkeypatch.setattr("parscale_adapt.data.fingerprint.hub_commit", lambda source: next(answers))
+    data = DataArguments(dataset_name="owner/name")
+    RunFolder(tmp_path / "run", identity(tmp_path, data=data)).open(None)
+    (tmp_path / "run" / "checkpoint-1").mkdir()
+    (tmp_path / "run" / "checkpoint-1" / "verified_save.json").write_text("{}")
+    RunFolder(tmp_path / "run", identity(tmp_path, data=data)).open("true")
+    assert "out of the hub's reach" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="the content of owner/name is another now"):
+        RunFolder(tmp_path / "run", identity(tmp_path, data=data)).open("true")
