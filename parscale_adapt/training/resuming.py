@@ -86,14 +86,14 @@ class ResumingTrainer(SFTTrainer):
         )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PeftModel | None = None) -> None:
-        """Load as transformers does; but reparameterised prefixes unfolded."""
+        """Load as transformers does; but reparameterized prefixes unfolded."""
         if self.is_fsdp_enabled or not has_unfolded_prefixes(self.model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             self._load_unfolded(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        """Load the best checkpoint as transformers does; but reparameterised prefixes unfolded."""
+        """Load the best checkpoint as transformers does; but reparameterized prefixes unfolded."""
         if self.is_deepspeed_enabled or self.is_fsdp_enabled or not has_unfolded_prefixes(self.model):
             super()._load_best_model()
         else:

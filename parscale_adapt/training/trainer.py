@@ -78,7 +78,7 @@ class StreamTrainer(ResumingTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """TRL's loss, in training with the diversity term, which the log tells as `stream_decorrelation`.
 
-        In evaluation it is the plain cross-entropy of the next token, in nats, whatever is minimised.
+        In evaluation it is the plain cross-entropy of the next token, in nats, whatever is minimized.
         """
         if not self.model.training:  # DeepSpeed's engine keeps `training` set in evaluation
             with plain_cross_entropy(self):
@@ -166,7 +166,7 @@ class StreamTrainer(ResumingTrainer):
             self.args.save_total_limit = limit
 
     def _save_unfolded(self, model: nn.Module, folder: Path) -> None:
-        """Keep reparameterised prefixes, which the adapter file has folded, as they are trained."""
+        """Keep reparameterized prefixes, which the adapter file has folded, as they are trained."""
         if not has_unfolded_prefixes(model):
             return
         state = whole_state(model, self.adapter_name, keep=self.args.should_save)

@@ -1,4 +1,4 @@
-"""`heldout_loss` and `eval_loss` are the cross-entropy of the next token, whatever is minimised."""
+"""`heldout_loss` and `eval_loss` are the cross-entropy of the next token, whatever is minimized."""
 
 import math
 import sys
@@ -53,7 +53,7 @@ def cross_entropy_row_by_row(trainer):
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_it_is_the_cross_entropy_for_every_loss_that_is_minimised(tmp_path, options):
+def test_it_is_the_cross_entropy_for_every_loss_that_is_minimized(tmp_path, options):
     trainer = stream_trainer(tmp_path, **options)
     trainer.train()
     found = trainer.heldout_loss()
@@ -106,8 +106,8 @@ def test_what_is_measured_in_training_is_plain_too_and_training_is_as_before(tmp
         labels = torch.tensor([row["input_ids"]])
         by_row.append(trainer.model.eval()(input_ids=labels, labels=labels, use_cache=False).loss.item())
     assert measured == pytest.approx(sum(by_row) / len(by_row), abs=1e-5)
-    (minimised,) = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert minimised < 0.5  # dft weighs by the probability, which is small
+    (minimized,) = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert minimized < 0.5  # dft weighs by the probability, which is small
     assert trainer.args.loss_type == "dft"
 
 
