@@ -1,6 +1,8 @@
 """Runs that are killed at random moments and resumed, and what must hold of their end."""
 
+import itertools
 import random
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ from safetensors.torch import load_file
 from support.recipe_runs import Material, RecipeServer, Result, describe_run, launch_all
 
 
-STEPS = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+STEPS: dict[str, Any] = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
 ENGINES = ("ddp", "zero3", "fsdp2")
 SECONDS_PER_RUN = 60
 
@@ -51,20 +53,21 @@ class Kill:
     """One kill and what became of the run.
 
     Args:
-        seconds: after the run's start.
-        was_killed: False where the run had ended before.
+        moment: seconds after the run's start, or the checkpoint that was half written.
         problem: what differs from the run that nothing happened to, None where nothing does.
     """
 
-    seconds: float
-    was_killed: bool
+    moment: str
     problem: str | None
 
 
 def kill_and_resume(
     execute: Callable[[Sequence[tuple[str, dict[str, Any]]]], list[Result]], num_kills: int
 ) -> list[Kill]:
-    """Train once without, and `num_kills` times with a kill at a random moment; each of these is resumed to its end.
+    """Train once without, and `num_kills` times with a kill; each of these is resumed to its end.
+
+    The first kill comes while a checkpoint is half written, the others at random moments; one that came after the end
+    of its run is repeated.
 
     Args:
         execute: as from [`in_one_process`] or [`on_two_processes`].
@@ -73,15 +76,27 @@ def kill_and_resume(
     (whole,) = execute([("whole", {})])
     whole.check()
     duration = float((whole.record / "duration").read_text())
-    moments = [random.uniform(0, duration) for _ in range(num_kills)]
-    plans = []
-    for number, moment in enumerate(moments):
-        plans += [(f"run-{number}", {"kill_after": moment}), (f"run-{number}", {"resume_if_possible": True})]
-    results = execute(plans)
-    return [
-        Kill(moment, killed.exit_code != 0, _difference(resumed, whole))
-        for moment, killed, resumed in zip(moments, results[::2], results[1::2])
-    ]
+    kills: list[Kill] = []
+    num_runs = 0
+    while len(kills) < num_kills:
+        plans, moments = [], []
+        for number in range(num_runs, num_runs + num_kills - len(kills)):
+            if number == 0:
+                step = random.choice(range(STEPS["save_steps"], STEPS["max_steps"] + 1, STEPS["save_steps"]))
+                fault, moment = {"kill_in_save": step}, f"in checkpoint {step}"
+            else:
+                seconds = random.uniform(0, duration)
+                fault, moment = {"kill_after": seconds}, f"after {seconds:.2f} s"
+            moments.append(moment)
+            plans += [(f"run-{number}", fault), (f"run-{number}", {"resume_if_possible": True})]
+        num_runs += len(moments)
+        results = execute(plans)
+        for moment, killed, resumed in zip(moments, results[::2], results[1::2]):
+            if killed.exit_code == -signal.SIGKILL:
+                kills.append(Kill(moment, _difference(resumed, whole)))
+            elif killed.exit_code != 0:
+                kills.append(Kill(moment, f"ended with {killed.exit_code} before it was killed: {_last_line(killed)}"))
+    return kills
 
 
 def in_one_process(
@@ -103,14 +118,17 @@ def on_two_processes(
     options = _options(setup, material, folder)
     options |= {"per_device_train_batch_size": 2, "fsdp_on_cpu": engine == "fsdp2"}
 
+    launches = itertools.count()
+
     def execute(plans: Sequence[tuple[str, dict[str, Any]]]) -> list[Result]:
+        place = folder / f"launch-{next(launches)}"
         runs = {
             f"{number} {name}": describe_run(
-                setup.recipe, folder / name / f"part-{number}", folder / name / "output", {**options, **fault}
+                setup.recipe, place / f"{number}-{name}", folder / name / "output", {**options, **fault}
             )
             for number, (name, fault) in enumerate(plans)
         }
-        launched = launch_all(engine, folder / f"launch-{len(plans)}", runs, SECONDS_PER_RUN * (len(plans) + 2))
+        launched = launch_all(engine, place, runs, SECONDS_PER_RUN * (len(plans) + 2))
         return [ranks[0] for ranks in launched.values()]
 
     return execute
@@ -128,9 +146,13 @@ def _options(setup: Setup, material: Material, folder: Path) -> dict[str, Any]:
 
 def _difference(resumed: Result, whole: Result) -> str | None:
     if resumed.exit_code != 0:
-        return f"resuming ended with {resumed.exit_code}: {resumed.stderr().strip().splitlines()[-1]}"
+        return f"resuming ended with {resumed.exit_code}: {_last_line(resumed)}"
     found, expected = (load_file(result.output_dir / "adapter_model.safetensors") for result in (resumed, whole))
     if found.keys() != expected.keys():
         return f"tensors {sorted(found.keys() ^ expected.keys())} are missing or unexpected"
     changed = [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)]
     return f"tensors differ, first {changed[0]}" if changed else None
+
+
+def _last_line(result: Result) -> str:
+    return (result.stderr().strip().splitlines() or ["nothing on stderr"])[-1]
