@@ -125,10 +125,11 @@ def main() -> None:
         note = f"`make faults`, {os.cpu_count()}-core {platform.machine()} CPU, {versions}."
         document = DOCUMENT.read_text(encoding="utf-8")
         DOCUMENT.write_text(_TABLE.sub(lambda _: f"\n{text}\n\n{note}\n\n", document), encoding="utf-8")
-        STATE.unlink(missing_ok=True)
     problems = [
         kill.problem for by_setup in found.values() for kills in by_setup.values() for kill in kills if kill.problem
     ]
+    if args.engine is None:
+        STATE.unlink()
     if problems:
         sys.exit(f"{len(problems)} resumed runs did not end as they should, first: {problems[0]}")
 
