@@ -1,7 +1,10 @@
 """Files and folders that appear whole or not at all. Standard library alone."""
 
+import errno
 import os
+import platform
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -59,6 +62,37 @@ def new_folder(target: Path) -> Iterator[Path]:
     with staging_folder(target) as staging:
         yield staging
         os.replace(staging, target)
+
+
+def lock_until_the_end(path: Path) -> None:
+    """Hold a file for this process alone. The system lets it go when the process ends, however it ends.
+
+    A lock of POSIX, since it is not inherited by workers, which can outlive a killed run by seconds. File systems
+    without locks are passed by with a note.
+
+    Raises:
+        ValueError: another process holds it.
+        OSError: the file can't be written.
+    """
+    if not hasattr(os, "fork"):
+        print(f"{path} can't be locked on {platform.system()}: let no other run write there.", file=sys.stderr)
+        return
+    import fcntl  # not on Windows
+
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)  # never closed: that would let the lock go
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            print(f"{path} can't be locked here ({error.strerror}): let no other run write there.", file=sys.stderr)
+            return
+        holder = os.read(descriptor, 200).decode() or "another process"
+        os.close(descriptor)
+        raise ValueError(
+            f"{path.parent} is in use by a run ({holder}): let it end, or choose another `output_dir`."
+        ) from error
+    os.truncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())
 
 
 def _beside(path: Path) -> Path:

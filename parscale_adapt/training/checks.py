@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 
+from transformers.trainer_utils import HubStrategy
 from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
 from trl import SFTConfig
 
@@ -114,6 +115,7 @@ def prepare_packed_training(training: SFTConfig, backbone: BackboneArguments) ->
 def prepare_training(training: SFTConfig, backbone: BackboneArguments) -> None:
     """Set what every recipe needs in TRL's arguments."""
     training.prediction_loss_only = True
+    training.hub_strategy = HubStrategy.END  # what checkpoints hold is not pushed
     if backbone.adapter_name_or_path is None:
         training.model_init_kwargs = backbone.model_init_kwargs()
 

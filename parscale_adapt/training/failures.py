@@ -5,6 +5,7 @@ The standard library alone, so that whatever starts a program can use it.
 
 import os
 import shlex
+import signal
 import sys
 import time
 import traceback
@@ -20,6 +21,22 @@ TRACEBACK_VARIABLE = "PARSCALE_TRACEBACK"
 SECONDS_FOR_THE_MAIN_PROCESS = 30
 
 
+class Interruption(Exception):
+    """What ends a run through no fault of its own, and is told without type and traceback."""
+
+    exit_code = 1
+
+
+class SaveFailed(Interruption):
+    """The disk did not take what was to be saved."""
+
+
+class Terminated(Interruption):
+    """The process was asked to end by SIGTERM."""
+
+    exit_code = 128 + signal.SIGTERM  # as a shell tells it
+
+
 class TrainingStopped(RuntimeError):
     """An error after the first step, which is the `__cause__`.
 
@@ -32,7 +49,8 @@ class TrainingStopped(RuntimeError):
     def __init__(self, step: int, error: BaseException, checkpoint: str | None):
         self.checkpoint = checkpoint
         kept = "no checkpoint was saved" if checkpoint is None else f"the last verified checkpoint is {checkpoint}"
-        super().__init__(f"training stopped after step {step} by {describe(error)}; {kept}")
+        reason = f", {error}" if isinstance(error, Interruption) else f" by {describe(error)}"
+        super().__init__(f"training stopped after step {step}{reason}; {kept}")
 
 
 def describe(error: BaseException) -> str:
@@ -45,7 +63,7 @@ def ending_in_one_sentence(resume_command: str) -> Iterator[None]:
     """End the process with exit code 1 and one sentence on stderr where something goes wrong inside.
 
     Before the first step the sentence stands alone, unless the environment variable `PARSCALE_TRACEBACK` is set;
-    afterwards ([`TrainingStopped`]) it follows the traceback.
+    afterwards ([`TrainingStopped`]) it follows the traceback, but for a full disk and SIGTERM, which has exit code 143.
 
     Args:
         resume_command: what goes on from the last checkpoint.
@@ -54,9 +72,11 @@ def ending_in_one_sentence(resume_command: str) -> Iterator[None]:
         yield
     except TrainingStopped as stop:
         advice = "" if stop.checkpoint is None else f"; go on with: {resume_command}"
-        _end(stop.__cause__ or stop, f"{stop}{advice}", shows_traceback=True)
+        cause = stop.__cause__ or stop
+        is_plain = isinstance(cause, Interruption)
+        _end(cause, f"{stop}{advice}", not is_plain or _wants_tracebacks(), cause.exit_code if is_plain else 1)
     except INPUT_ERRORS as error:
-        _end(error, _one_line(error), shows_traceback=bool(os.environ.get(TRACEBACK_VARIABLE)))
+        _end(error, _one_line(error), _wants_tracebacks())
 
 
 def command_to_resume(script: str, arguments: Sequence[str]) -> str:
@@ -76,8 +96,16 @@ def command_to_resume(script: str, arguments: Sequence[str]) -> str:
     return shlex.join([*launcher, script, *given, *resume])
 
 
-def _end(error: BaseException, sentence: str, shows_traceback: bool) -> NoReturn:
+def _wants_tracebacks() -> bool:
+    return bool(os.environ.get(TRACEBACK_VARIABLE))
+
+
+def _end(error: BaseException, sentence: str, shows_traceback: bool, exit_code: int = 1) -> NoReturn:
     rank = int(os.environ.get("RANK", "0"))
+    if isinstance(error, Terminated):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher repeats it once a rank has ended
+        if rank > 0:
+            sys.exit(exit_code)
     if rank > 0:
         # What stops all ranks is said once: the launcher ends the others when the main process has ended.
         time.sleep(SECONDS_FOR_THE_MAIN_PROCESS)
@@ -85,7 +113,7 @@ def _end(error: BaseException, sentence: str, shows_traceback: bool) -> NoReturn
     if shows_traceback:
         traceback.print_exception(error)
     print(f"error: {sentence}", file=sys.stderr, flush=True)
-    sys.exit(1)
+    sys.exit(exit_code)
 
 
 def _one_line(error: BaseException) -> str:

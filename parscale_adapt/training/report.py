@@ -20,6 +20,7 @@ from ..files import write_atomically, write_text
 from ..tuner.config import ParScaleArguments
 from ..tuner.state import backbone_shapes, expected_adapter_shapes, full_shape
 from .failures import describe
+from .hub import push_final_folder
 from .run_folder import METRICS_FILE
 from .saving import save_final_model
 from .trainer import StreamTrainer
@@ -28,7 +29,7 @@ from .trainer import StreamTrainer
 def finish_run(
     trainer: StreamTrainer, streams: ParScaleArguments, run: dict[str, Any], report: TokenReport | None = None
 ) -> dict[str, Any]:
-    """Save what was trained; then measure and describe it. Every rank must call it.
+    """Save what was trained; then measure and describe it, and push it where that was asked for. Every rank must call it.
 
     Args:
         trainer: after `train()`.
@@ -59,6 +60,8 @@ def finish_run(
             f"the trained model lies in {folder}, saved and verified, but it could not be measured and described: "
             f"{describe(error)}"
         ) from error
+    if trainer.args.push_to_hub and trainer.is_world_process_zero():
+        push_final_folder(folder, trainer.hub_model_id, trainer.args)
     return metrics
 
 

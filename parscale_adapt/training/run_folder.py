@@ -1,15 +1,17 @@
 """An output folder belongs to one run: nothing of another run is overwritten, and resuming goes on with the same."""
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..files import write_text
+from ..files import lock_until_the_end, write_text
 
 
 RUN_FILE = "run.json"
+LOCK_FILE = ".lock"
 SAVE_RECORD = "verified_save.json"
 METRICS_FILE = "metrics.json"
 _FREE_TO_CHANGE = "logging, saving, evaluation, the hub and data loader workers may change, all else may not"
@@ -18,8 +20,11 @@ _SECTIONS = ("streams", "data_settings", "content")  # settings of their own; al
 
 def verified_checkpoints(folder: str | Path) -> list[Path]:
     """The checkpoints in an output folder whose saves were read back and compared, by step."""
-    checkpoints = sorted(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1]))
-    return [path for path in checkpoints if (path / SAVE_RECORD).is_file()]
+    return [path for path in _checkpoints(folder) if (path / SAVE_RECORD).is_file()]
+
+
+def _checkpoints(folder: str | Path) -> list[Path]:
+    return sorted(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1]))
 
 
 def last_verified_checkpoint(folder: str | Path) -> Path:
@@ -32,6 +37,24 @@ def last_verified_checkpoint(folder: str | Path) -> Path:
     if not complete:
         raise ValueError(f"{folder} holds no complete checkpoint to resume from; start without resuming.")
     return complete[-1]
+
+
+def drop_old_checkpoints(newest: Path, limit: int, best: str | None = None) -> None:
+    """Remove checkpoints beside the one that was just saved: the incomplete ones first, then those of lower steps.
+
+    By step and not by time, since clocks jump.
+
+    Args:
+        newest: stays.
+        limit: how many stay in all.
+        best: stays too, if there is one.
+    """
+    kept = {newest} if best is None else {newest, newest.with_name(Path(best).name)}
+    complete = verified_checkpoints(newest.parent)
+    others = [path for path in _checkpoints(newest.parent) if path not in kept]
+    others.sort(key=lambda path: path in complete)  # stable
+    for path in others[: max(len(kept) + len(others) - limit, 0)]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 class RunFolder:
@@ -47,25 +70,35 @@ class RunFolder:
         self.identity = json.loads(json.dumps(identity, default=str))
 
     def open(self, resume_from_checkpoint: str | bool | None) -> str | None:
-        """Claim the folder, and find the checkpoint to go on from.
+        """Claim the folder until this process ends, and find the checkpoint to go on from.
 
         Returns:
             The checkpoint's path, or None to start anew. "true" means the last checkpoint whose save was verified.
 
         Raises:
-            ValueError: the folder holds another run, or this run's checkpoints although no resume was asked for, or
-                there is nothing to resume from.
+            ValueError: the folder can't be written, is in use, holds another run, or this run's checkpoints although no
+                resume was asked for, or there is nothing to resume from.
         """
         run_file = self.path / RUN_FILE
-        if run_file.is_file():
-            if self._holds_training():
-                self._check_same_run(json.loads(run_file.read_text()))
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if not run_file.is_file() and self.path.exists() and not self._is_empty():
             raise ValueError(f"{self.path} is not empty and holds no run of a recipe; choose another `output_dir`.")
+        if not self.path.exists():
+            self._checkpoint(resume_from_checkpoint)  # before anything is made
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock_until_the_end(self.path / LOCK_FILE)
+        except OSError as error:
+            raise ValueError(
+                f"`output_dir` is {self.path}, which can't be written: {error.strerror}; choose another, or make it writable."
+            ) from error
+        if run_file.is_file() and self._holds_training():
+            self._check_same_run(json.loads(run_file.read_text()))
         checkpoint = self._checkpoint(resume_from_checkpoint)
-        self.path.mkdir(parents=True, exist_ok=True)
         write_text(run_file, json.dumps(self.identity, indent=2, sort_keys=True))
         return checkpoint
+
+    def _is_empty(self) -> bool:
+        return self.path.is_dir() and all(path.name == LOCK_FILE for path in self.path.iterdir())
 
     def _holds_training(self) -> bool:
         return self._final_save() is not None or any(self.path.glob("checkpoint-*"))

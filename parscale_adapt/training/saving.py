@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -31,6 +31,7 @@ from ..tuner.state import (
     fold_prefix,
     saved_module_shapes,
 )
+from .failures import SaveFailed, describe
 from .run_folder import SAVE_RECORD
 
 
@@ -163,12 +164,47 @@ def save_final_model(
     """
     state = whole_state(model, adapter_name, keep=is_main_process)
     with (
+        naming_what_was_not_written(folder, "the trained model"),
         replacing_folder(folder, is_main_process) as staging,
         verified_save(model, staging, adapter_name, is_main_process),
     ):
         if is_main_process:
             model.save_pretrained(staging, state_dict=state)
             tokenizer.save_pretrained(staging)
+
+
+@contextmanager
+def naming_what_was_not_written(folder: Path, what: str | None = None) -> Iterator[None]:
+    """Tell a disk that takes no more from other errors.
+
+    Args:
+        folder: what is written inside.
+        what: its name in the sentence; the folder's own by default.
+
+    Raises:
+        SaveFailed: writing failed.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not _is_of_the_disk(error):
+            raise
+        place = next(path for path in (folder, *folder.parents) if path.exists())
+        free = shutil.disk_usage(place).free / 2**20
+        reason = getattr(error, "strerror", None) or describe(error)
+        raise SaveFailed(
+            f"since {what or folder.name} could not be written to {folder if what else folder.parent} ({reason}; "
+            f"{free:.1f} MiB are free there)"
+        ) from error
+
+
+def _is_of_the_disk(error: Exception) -> bool:
+    """Python's files, safetensors and torch tell it in ways of their own."""
+    if isinstance(error, OSError):
+        return True
+    if isinstance(error, SafetensorError):
+        return "I/O error" in str(error)
+    return isinstance(error, RuntimeError) and "inline_container" in str(error)
 
 
 def record_verified(folder: str | Path, num_tensors: int) -> None:

@@ -12,17 +12,19 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import TrainOutput
 
 from .diversity import diversity_term, final_stream_states
 from .failures import TrainingStopped
 from .finiteness import FiniteCheck, on_one_mesh
 from .heldout import plain_cross_entropy
+from .hub import asking_the_hub
 from .learning_rates import RATE_OPTIONS, LearningRatesCallback, given_rates, refuse_idle_rates, set_rates
 from .resuming import UNFOLDED_FILE, ResumingTrainer, has_unfolded_prefixes
-from .run_folder import verified_checkpoints
-from .saving import verified_save, whole_state
+from .run_folder import drop_old_checkpoints, verified_checkpoints
+from .saving import naming_what_was_not_written, verified_save, whole_state
 from .stream_statistics import StreamStatisticsCallback, runs_in_streams
+from .termination import TerminationCallback
 
 
 class StreamTrainer(ResumingTrainer):
@@ -40,6 +42,8 @@ class StreamTrainer(ResumingTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.has_begun = False
+        self._termination = TerminationCallback(self)
+        self.add_callback(self._termination)
         self._own_rates = given_rates(*(getattr(self.args, name, None) for name in RATE_OPTIONS))
         self._check_rates()
         self._diversity_weight = getattr(self.args, "diversity_weight", 0.0)
@@ -66,6 +70,17 @@ class StreamTrainer(ResumingTrainer):
             mode = "train" if self.model.training else "eval"
             self._metrics[mode]["num_tokens"] = [float(self.state.num_input_tokens_seen)]
         super().log(logs, start_time)
+
+    def train(self, *args, **kwargs) -> TrainOutput:
+        """Train as [`ResumingTrainer`] does.
+
+        Raises:
+            ValueError: there is no such checkpoint, or it can't be resumed.
+            Terminated: SIGTERM came, and a checkpoint was saved.
+            SaveFailed: a checkpoint could not be written.
+        """
+        with self._termination.listening():
+            return super().train(*args, **kwargs)
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         """Create it as transformers does; with rates of their own, every part of the model gets its groups."""
@@ -145,17 +160,25 @@ class StreamTrainer(ResumingTrainer):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
+    def init_hf_repo(self, *args, **kwargs) -> None:
+        """Make the repository as transformers does, before anything is trained."""
+        with asking_the_hub(self.args):
+            super().init_hf_repo(*args, **kwargs)
+
     def _save_checkpoint(self, model: nn.Module, trial: None) -> None:
         """Save as transformers does, but older checkpoints go only once this one was read back and compared."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         unwrapped = self.accelerator.unwrap_model(self.model)
         writes, barrier = self.args.should_save, self.accelerator.wait_for_everyone
-        with verified_save(unwrapped, folder, self.adapter_name, writes, barrier), self._keeping_all_checkpoints():
+        with (
+            naming_what_was_not_written(folder),
+            verified_save(unwrapped, folder, self.adapter_name, writes, barrier),
+            self._keeping_all_checkpoints(),
+        ):
             self._save_unfolded(unwrapped, folder)
             super()._save_checkpoint(model, trial)
-        if writes:
-            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
-            rotate_checkpoints(self.args.output_dir, limit, best, use_mtime=True)
+        if writes and self.args.save_total_limit:
+            drop_old_checkpoints(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     @contextmanager
     def _keeping_all_checkpoints(self) -> Iterator[None]:

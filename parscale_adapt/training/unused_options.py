@@ -3,6 +3,7 @@
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
+from transformers.trainer_utils import HubStrategy
 from trl import SFTConfig
 
 
@@ -31,10 +32,18 @@ class UnusedOption:
 
 _LOADING = "say how to load the backbone with --dtype, --attn_implementation and --model_revision"
 _PACKED = "rows are packed already, each document apart, so leave it out"
+_PUSHED = "the final folder is pushed once, when it is complete, so leave it out"
 _MASK = "choose what is trained with --train_on"
 UNUSED_OPTIONS = (
     UnusedOption("model_init_kwargs", _LOADING),
     UnusedOption("dataset_kwargs", "the recipes prepare their rows themselves, so leave it out"),
+    UnusedOption("enable_jit_checkpoint", "on SIGTERM every run saves a checkpoint and ends, so leave it out"),
+    *(
+        UnusedOption(name, "push the final folder with --push_to_hub true, or leave it out", unless="push_to_hub")
+        for name in ("hub_model_id", "hub_token", "hub_private_repo", "hub_revision")
+    ),
+    UnusedOption("hub_strategy", _PUSHED, allowed=(HubStrategy.END,)),
+    UnusedOption("hub_always_push", _PUSHED),
     UnusedOption("dataset_text_field", "name the column of raw text with --text_field of cpt.py"),
     UnusedOption("assistant_only_loss", "all of the text is trained, so leave it out", (CPT,)),
     UnusedOption("assistant_only_loss", f"{_MASK} all_answers", (SFT,)),
@@ -73,4 +82,5 @@ def refuse_unused_options(training: SFTConfig, recipe: str) -> None:
         if option.name == "pad_to_multiple_of" and value is None:  # what TRL makes of the default
             continue
         if option.unless is None or not getattr(training, option.unless):
-            raise ValueError(f"`{option.name}` has no effect in {recipe}, got {value!r}: {option.remedy}.")
+            found = "one" if option.name == "hub_token" else repr(value)
+            raise ValueError(f"`{option.name}` has no effect in {recipe}, got {found}: {option.remedy}.")

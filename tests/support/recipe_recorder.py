@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 
 from parscale_adapt import training
 from parscale_adapt.training import StreamTrainer, failures
+from support.injected_faults import inject
 from support.recipe_runs import PROBE
 
 
@@ -62,6 +63,8 @@ def _execute_here(run: dict) -> int:
     failures.SECONDS_FOR_THE_MAIN_PROCESS = 0  # nobody ends the other ranks of a fork
     if run["fail_to_measure"]:
         StreamTrainer.heldout_loss = _fail
+    if run["fault"] is not None:
+        inject(*run["fault"])
     if run["kill_after"] is not None:
         timer = threading.Timer(run["kill_after"], os.kill, (os.getpid(), signal.SIGKILL))
         timer.daemon = True

@@ -44,6 +44,7 @@ class Run:
         fail_to_measure: let the measurement of the held-out loss fail.
         kill_after: kill it so many seconds after its start, wherever it is.
         resume_if_possible: go on from the last complete checkpoint, if there is one.
+        fault: name, step and argument of one of `injected_faults.FAULTS`.
         save_shards: let checkpoints be written without gathering sharded parameters first.
         fsdp_on_cpu: let accelerate enter FSDP on the CPU.
         learning: record ids and labels of each batch, not their hash alone.
@@ -59,6 +60,7 @@ class Run:
     fail_to_measure: bool = False
     kill_after: float | None = None
     resume_if_possible: bool = False
+    fault: tuple[str, int, str] | None = None
     save_shards: bool = False
     fsdp_on_cpu: bool = False
     learning: bool = False

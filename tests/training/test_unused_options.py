@@ -20,6 +20,7 @@ VALUES = {
     "train_sampling_strategy": "group_by_length",
     "truncation_mode": "keep_end",
     "dataset_num_proc": 2,
+    "hub_strategy": "checkpoint",
 }
 
 
