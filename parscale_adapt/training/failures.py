@@ -73,8 +73,10 @@ def ending_in_one_sentence(resume_command: str) -> Iterator[None]:
     except TrainingStopped as stop:
         advice = "" if stop.checkpoint is None else f"; go on with: {resume_command}"
         cause = stop.__cause__ or stop
-        is_plain = isinstance(cause, Interruption)
-        _end(cause, f"{stop}{advice}", not is_plain or _wants_tracebacks(), cause.exit_code if is_plain else 1)
+        sentence = f"{stop}{advice}"
+        if isinstance(cause, Interruption):
+            _end(cause, sentence, _wants_tracebacks(), cause.exit_code)
+        _end(cause, sentence, shows_traceback=True)
     except INPUT_ERRORS as error:
         _end(error, _one_line(error), _wants_tracebacks())
 
