@@ -9,6 +9,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
+from transformers.trainer_utils import SaveStrategy
 from trl import SFTConfig
 
 from ..checkpoints.folders import find_adapter
@@ -19,6 +20,7 @@ from .embedded import embedded_backbone
 from .failures import command_to_resume, ending_in_one_sentence
 from .parsing import RecipeParser
 from .run_folder import RunFolder
+from .saving import check_room
 from .trainer import StreamTrainer
 
 
@@ -51,7 +53,11 @@ def train(trainer: StreamTrainer, checkpoint: str | None) -> None:
 
     Raises:
         TrainingStopped: an error after the first step; earlier ones come as they are.
+        ValueError: the disk has no room for what is trained.
     """
+    if trainer.args.should_save:
+        num_saves = 1 if trainer.args.save_strategy == SaveStrategy.NO else 2
+        check_room(trainer.model, Path(trainer.args.output_dir), num_saves)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except Exception as error:

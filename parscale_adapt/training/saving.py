@@ -5,6 +5,7 @@ mark the folder again once every tensor was read back.
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from ..tuner.state import (
     checkpoint_key,
     expected_adapter_shapes,
     fold_prefix,
+    full_shape,
     saved_module_shapes,
 )
 from .failures import SaveFailed, describe
@@ -173,6 +175,27 @@ def save_final_model(
             tokenizer.save_pretrained(staging)
 
 
+def check_room(model: nn.Module, folder: Path, num_saves: int) -> None:
+    """Know before the first step that a disk is too small; optimizers and quotas are not counted.
+
+    Args:
+        model: of which the trained parameters are saved.
+        folder: on the disk that takes them.
+        num_saves: how many copies it must take at least.
+
+    Raises:
+        ValueError: there is less room than they need.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    needed = num_saves * sum(math.prod(full_shape(parameter)) * parameter.element_size() for parameter in trained)
+    free = _free_bytes(folder)
+    if free < needed:
+        raise ValueError(
+            f"what is trained takes at least {needed / 2**20:.1f} MiB to save {num_saves}x, but {free / 2**20:.1f} MiB are "
+            f"free in {folder}: make room, or choose another `output_dir`."
+        )
+
+
 @contextmanager
 def naming_what_was_not_written(folder: Path, what: str | None = None) -> Iterator[None]:
     """Tell a disk that takes no more from other errors.
@@ -189,13 +212,17 @@ def naming_what_was_not_written(folder: Path, what: str | None = None) -> Iterat
     except Exception as error:
         if not _is_of_the_disk(error):
             raise
-        place = next(path for path in (folder, *folder.parents) if path.exists())
-        free = shutil.disk_usage(place).free / 2**20
+        free = _free_bytes(folder) / 2**20
         reason = getattr(error, "strerror", None) or describe(error)
         raise SaveFailed(
             f"since {what or folder.name} could not be written to {folder if what else folder.parent} ({reason}; "
             f"{free:.1f} MiB are free there)"
         ) from error
+
+
+def _free_bytes(folder: Path) -> int:
+    folder = folder.absolute()
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
 
 
 def _is_of_the_disk(error: Exception) -> bool:

@@ -1,6 +1,8 @@
 """Where a recipe's arguments lead: the data, the adapter that is trained on, and how what goes wrong is reported."""
 
 import dataclasses
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from safetensors.torch import load_file
 from support.tiny_models import tiny_model, with_streams
 from support.trainers import rows_of_uneven_lengths, word_tokenizer
 from transformers import TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 from trl import SFTConfig
 
 from parscale_adapt import ParScaleConfig
@@ -199,6 +202,20 @@ def test_an_error_before_the_first_step_is_one_line(tmp_path, capsys):
     capsys.readouterr()
     stopped(lambda parsed: train(trainer, None))
     assert capsys.readouterr().err.splitlines() == ["error: no such file"]
+
+
+@pytest.mark.parametrize(("strategy", "num_saves"), [("no", 1), ("steps", 2)])
+def test_a_disk_without_room_is_known_before_the_first_step(tmp_path, monkeypatch, strategy, num_saves):
+    trainer = trainer_in(tmp_path)
+    trainer.args.save_strategy = SaveStrategy(strategy)
+    needed = num_saves * sum(p.numel() * p.element_size() for p in trainer.model.parameters() if p.requires_grad)
+    monkeypatch.setattr(trainer, "train", lambda **kwargs: None)
+    free = needed
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+    train(trainer, None)
+    free -= 1
+    with pytest.raises(ValueError, match=rf"takes at least .* to save {num_saves}x, but .* make room"):
+        train(trainer, None)
 
 
 def test_a_model_that_can_not_be_saved_leaves_the_last_checkpoint(tmp_path, capsys, monkeypatch):
