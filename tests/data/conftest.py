@@ -1,5 +1,5 @@
 import pytest
-from support.tokenizers import byte_tokenizer
+from support.tiny_tokenizers import byte_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ import io
 import pytest
 from datasets import Dataset, IterableDataset
 from rich.console import Console
-from support.tokenizers import byte_tokenizer
+from support.tiny_tokenizers import byte_tokenizer
 
 from parscale_adapt.data import check_rows, inspection, pack_dataset
 

@@ -5,7 +5,7 @@ import pathlib
 import pytest
 import trl
 from datasets import Dataset, Features, List, Value
-from support.tokenizers import byte_tokenizer
+from support.tiny_tokenizers import byte_tokenizer
 from tokenizers import processors
 from transformers import ByT5Tokenizer
 from trl.data_utils import common_prefix_length

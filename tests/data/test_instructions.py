@@ -4,7 +4,7 @@ import json
 
 import datasets
 import pytest
-from support.tokenizers import byte_tokenizer
+from support.tiny_tokenizers import byte_tokenizer
 
 from parscale_adapt.data import (
     CHATML,

@@ -6,7 +6,7 @@ from itertools import chain
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from support.tokenizers import byte_tokenizer
+from support.tiny_tokenizers import byte_tokenizer
 from tokenizers import processors
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.masking_utils import find_packed_sequence_indices

@@ -1,7 +1,7 @@
 """Tokenizers as backbones bring them: completed where something is missing, refused where it can't be."""
 
 import pytest
-from support.tokenizers import byte_tokenizer
+from support.tiny_tokenizers import byte_tokenizer
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from parscale_adapt.data import (

@@ -26,7 +26,7 @@ from parscale_adapt.data import (
     prepare_instructions,
 )
 from parscale_adapt.data.packing import IGNORED_LABEL
-from support.tokenizers import byte_tokenizer
+from support.tiny_tokenizers import byte_tokenizer
 
 
 ENCODINGS = ("latin-1", "utf-8-sig", "utf-16")
