@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import re
+import subprocess
 import sys
 import tempfile
 from dataclasses import asdict
@@ -122,7 +123,12 @@ def main() -> None:
     print(text)
     if args.engine is None:
         versions = ", ".join(f"{module.__name__} {module.__version__}" for module in (torch, transformers, accelerate))
-        note = f"`make faults`, {os.cpu_count()}-core {platform.machine()} CPU, {versions}."
+        commit = subprocess.run(
+            ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip()
+        note = (
+            f"`make faults`, {os.cpu_count()}-core {platform.machine()} CPU, {versions}, commit {commit or 'unknown'}."
+        )
         document = DOCUMENT.read_text(encoding="utf-8")
         DOCUMENT.write_text(_TABLE.sub(lambda _: f"\n{text}\n\n{note}\n\n", document), encoding="utf-8")
     problems = [

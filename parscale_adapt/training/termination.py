@@ -1,12 +1,17 @@
 """What a run does when it is asked to end, as schedulers do before they take a machine away."""
 
+import multiprocessing
+import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
+from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .failures import Terminated
@@ -25,6 +30,7 @@ class TerminationCallback(TrainerCallback):
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
         self._is_asked = self._has_agreed = False
+        self._is_listening = multiprocessing.RawValue("b", False)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -34,9 +40,11 @@ class TerminationCallback(TrainerCallback):
             yield
             return
         before = signal.signal(signal.SIGTERM, self._ask)
+        self._is_listening.value = True
         try:
             yield
         finally:
+            self._is_listening.value = False
             signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
     def on_step_end(
@@ -53,6 +61,12 @@ class TerminationCallback(TrainerCallback):
         if self._has_agreed:
             raise Terminated("asked to end by SIGTERM")
 
+    def protect_workers(self, loader: DataLoader) -> None:
+        """Let workers that read data outlive a SIGTERM to the whole process group, until the checkpoint is saved."""
+        loader = getattr(loader, "base_dataloader", loader)  # what accelerate's own iterates over
+        if loader.num_workers > 0:
+            loader.worker_init_fn = partial(_start_worker, loader.worker_init_fn, self._is_listening)
+
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self._is_asked = True
 
@@ -65,3 +79,15 @@ class TerminationCallback(TrainerCallback):
             else:
                 self._has_agreed = self._is_asked
         return self._has_agreed
+
+
+def _start_worker(initialize: Callable[[int], object] | None, is_listening: Any, worker: int) -> None:
+    """Run in a worker: what was to be run, and end on SIGTERM only when the run doesn't wait for one any more."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if not is_listening.value:
+            os._exit(0)
+
+    signal.signal(signal.SIGTERM, end)
+    if initialize is not None:
+        initialize(worker)

@@ -82,6 +82,11 @@ class StreamTrainer(ResumingTrainer):
         with self._termination.listening():
             return super().train(*args, **kwargs)
 
+    def _get_dataloader(self, *args, **kwargs) -> DataLoader:
+        loader = super()._get_dataloader(*args, **kwargs)
+        self._termination.protect_workers(loader)
+        return loader
+
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         """Create it as transformers does; with rates of their own, every part of the model gets its groups."""
         is_new = self.optimizer is None

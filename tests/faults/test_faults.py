@@ -83,7 +83,7 @@ def test_a_data_file_that_vanishes_while_it_is_streamed(recipes, material, tmp_p
         per_device_train_batch_size=16,
         max_steps=95,
         save_strategy="steps",
-        save_steps=10,
+        save_steps=40,
     )
     whole = recipes.run("cpt", tmp_path / "whole", **options).check()
     stopped = recipes.run("cpt", tmp_path / "run", fault=("a file vanishes", 3, str(parts[1])), **options)
@@ -107,7 +107,7 @@ def test_a_clock_that_jumps_back(recipes, material, whole, tmp_path):
     assert_same_tensors(resumed, whole)
 
 
-@pytest.mark.parametrize("saving", [STEPS, {"max_steps": 6}])
+@pytest.mark.parametrize("saving", [STEPS, {"max_steps": 6}, {**STEPS, "dataloader_num_workers": 1}])
 def test_sigterm_saves_and_ends(recipes, material, whole, tmp_path, saving):
     options = material.cpt_options(**saving)
     stopped = recipes.run("cpt", tmp_path / "run", fault=("SIGTERM", 2, "0"), **options)

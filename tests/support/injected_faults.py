@@ -1,5 +1,6 @@
 """What goes wrong in a run of `recipe_recorder.py` besides being killed; by name, with the step and an argument."""
 
+import multiprocessing
 import os
 import resource
 import shutil
@@ -77,6 +78,8 @@ def _before_step(action: Callable[[str], object]) -> Callable[[int, str], None]:
 
 def _terminate(rank: str) -> None:
     if os.environ.get("RANK", "0") == rank:
+        for worker in multiprocessing.active_children():  # as schedulers do, which ask all processes
+            os.kill(worker.pid, signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
 
 
