@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from .streams import streams_of_chunk
+
 
 class StreamPrefix(nn.Module):
     """The prefix keys (or values) of one attention layer, one set per stream.
@@ -21,9 +23,14 @@ class StreamPrefix(nn.Module):
         """Prefix from N(0, `init_std`) (paper, Appendix A)."""
         nn.init.normal_(self.weight, std=init_std)
 
-    def forward(self, dtype: torch.dtype) -> torch.Tensor:
-        """The prefix `[P, num_key_value_heads, n, head_size]` as a new tensor, which outlives a sharded parameter."""
-        return self.weight.to(dtype, copy=True)
+    def forward(self, dtype: torch.dtype, chunk: slice | None = None) -> torch.Tensor:
+        """The prefix `[P, num_key_value_heads, n, head_size]` as a new tensor, which outlives a sharded parameter.
+
+        Args:
+            dtype: of the result.
+            chunk: the streams to give, `P` less than all.
+        """
+        return streams_of_chunk(self.weight, chunk).to(dtype, copy=True)
 
 
 class ReparameterizedPrefix(nn.Module):
@@ -51,12 +58,12 @@ class ReparameterizedPrefix(nn.Module):
             nn.init.normal_(linear.weight, std=init_std)
             nn.init.zeros_(linear.bias)
 
-    def folded(self) -> torch.Tensor:
-        """The prefix as a plain tensor `[P, num_key_value_heads, n, head_size]`."""
-        num_streams, num_heads, num_prefix_tokens, head_size = self.shape
-        prefix = self.output(torch.tanh(self.hidden(self.embedding)))
-        return prefix.view(num_streams, num_prefix_tokens, num_heads, head_size).transpose(1, 2)
+    def folded(self, chunk: slice | None = None) -> torch.Tensor:
+        """The prefix as a plain tensor `[P, num_key_value_heads, n, head_size]`, or that of some streams."""
+        _, num_heads, num_prefix_tokens, head_size = self.shape
+        prefix = self.output(torch.tanh(self.hidden(streams_of_chunk(self.embedding, chunk))))
+        return prefix.view(-1, num_prefix_tokens, num_heads, head_size).transpose(1, 2)
 
-    def forward(self, dtype: torch.dtype) -> torch.Tensor:
+    def forward(self, dtype: torch.dtype, chunk: slice | None = None) -> torch.Tensor:
         """Compute the prefix, as [`StreamPrefix.forward`]."""
-        return self.folded().to(dtype)
+        return self.folded(chunk).to(dtype)

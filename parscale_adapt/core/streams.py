@@ -8,8 +8,15 @@ import torch
 
 
 def replicate(tensor: torch.Tensor, num_streams: int) -> torch.Tensor:
-    """Repeat every sample once per stream: `[B, ...]` to `[P * B, ...]`, stream-major."""
+    """Repeat every sample once per stream: `[B, ...]` to `[P * B, ...]`, stream-major; one stream needs no copy."""
+    if num_streams == 1:
+        return tensor
     return tensor.repeat(num_streams, *[1] * (tensor.dim() - 1))
+
+
+def streams_of_chunk(tensor: torch.Tensor, chunk: slice | None) -> torch.Tensor:
+    """A view of some streams of a tensor `[P, ...]`; None for all of them."""
+    return tensor if chunk is None else tensor[chunk]
 
 
 def aggregation_features(by_stream: torch.Tensor) -> torch.Tensor:

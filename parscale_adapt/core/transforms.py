@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .prefix import ReparameterizedPrefix, StreamPrefix
+from .streams import streams_of_chunk
 
 
 ATTENTION, LINEAR = "attention", "linear"
@@ -44,12 +45,18 @@ class StreamLora(nn.Module):
                 nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
 
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """What to add to the output `[P * B, T, out_features]` of an input `[P * B, T, in_features]`."""
-        by_stream = states.reshape(self.lora_A.shape[0], -1, states.shape[-1])
+    def forward(self, states: torch.Tensor, chunk: slice | None = None) -> torch.Tensor:
+        """What to add to the output `[P * B, T, out_features]` of an input `[P * B, T, in_features]`.
+
+        Args:
+            states: the input.
+            chunk: the streams that it has, `P` less than all.
+        """
+        lora_a, lora_b = streams_of_chunk(self.lora_A, chunk), streams_of_chunk(self.lora_B, chunk)
+        by_stream = states.reshape(lora_a.shape[0], -1, states.shape[-1])
         if not torch.is_autocast_enabled(states.device.type):
-            by_stream = by_stream.to(self.lora_A.dtype)
-        change = by_stream @ self.lora_A.mT @ self.lora_B.mT * self.scaling
+            by_stream = by_stream.to(lora_a.dtype)
+        change = by_stream @ lora_a.mT @ lora_b.mT * self.scaling
         return change.view(*states.shape[:-1], -1)
 
 
@@ -69,9 +76,15 @@ class StreamBias(nn.Module):
         """From N(0, `init_std`), so that the streams differ from the start."""
         nn.init.normal_(self.bias, std=init_std)
 
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """What to add to an output of `P * B` rows: `[P * B, 1, out_features]`."""
-        return self.bias.repeat_interleave(states.shape[0] // self.bias.shape[0], dim=0)[:, None]
+    def forward(self, states: torch.Tensor, chunk: slice | None = None) -> torch.Tensor:
+        """What to add to an output of `P * B` rows: `[P * B, 1, out_features]`.
+
+        Args:
+            states: the input, whose rows count.
+            chunk: the streams that it has, `P` less than all.
+        """
+        bias = streams_of_chunk(self.bias, chunk)
+        return bias.repeat_interleave(states.shape[0] // bias.shape[0], dim=0)[:, None]
 
 
 class StreamTransform:

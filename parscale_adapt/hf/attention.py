@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..core.layout import Group, MixedLayout, StreamLayout, UniformLayout
 from .config_view import STREAMS, stock_config
 from .prefixed_attention import FAMILIES, AttentionInputs, AttentionOutput, call_stock
-from .stream_call import STREAMS_ATTRIBUTE, decoder_streams
+from .stream_call import STREAMS_ATTRIBUTE, StreamCall, decoder_streams
 
 
 ARGUMENTS_PER_KEY = ("indices", "block_indices")
@@ -94,12 +94,13 @@ def _stream_attention(implementation: str) -> Callable:
         refuse_arguments_per_key(module, kwargs)
         stock = stock_function(implementation, module)
         inputs = AttentionInputs(stock, module, query, key, value, attention_mask, kwargs)
-        layout, adapter, _ = decoder_streams(module.config).running
+        call = decoder_streams(module.config).running
+        layout = call.layout
         if kwargs.get("cache") is not None and layout.num_streams > 1:
             inputs = _with_pages(implementation, inputs, layout)
         if isinstance(layout, MixedLayout):
             return _attend_by_group(implementation, inputs, layout), None
-        return _attend(implementation, inputs, layout, adapter)
+        return _attend(implementation, inputs, call)
 
     return attention
 
@@ -117,11 +118,14 @@ def _with_pages(implementation: str, inputs: AttentionInputs, layout: StreamLayo
 def _attend_by_group(implementation: str, inputs: AttentionInputs, layout: MixedLayout) -> torch.Tensor:
     """Every adapter of a mixed batch attends for its own samples, as if it were alone."""
     outputs = [
-        _attend(implementation, _of_group(inputs, layout, group), UniformLayout(group.num_streams), group.adapter)[0]
-        for group in layout.groups
+        _attend(implementation, _of_group(inputs, layout, group), _call_of_group(group))[0] for group in layout.groups
     ]
     order = torch.cat([group.rows for group in layout.groups]).argsort()
     return torch.cat(outputs)[order]
+
+
+def _call_of_group(group: Group) -> StreamCall:
+    return StreamCall(UniformLayout(group.num_streams), group.adapter, 0)
 
 
 def _of_group(inputs: AttentionInputs, layout: MixedLayout, group: Group) -> AttentionInputs:
@@ -147,14 +151,14 @@ def _of_group(inputs: AttentionInputs, layout: MixedLayout, group: Group) -> Att
     )
 
 
-def _attend(
-    implementation: str, inputs: AttentionInputs, layout: UniformLayout, adapter: str | None
-) -> AttentionOutput:
+def _attend(implementation: str, inputs: AttentionInputs, call: StreamCall) -> AttentionOutput:
     """Attention of samples that all run the same streams."""
-    if layout.num_streams == 1:
+    layout = call.layout
+    assert isinstance(layout, UniformLayout)
+    if call.is_plain:
         return call_stock(inputs._replace(module=_seen_module(implementation, inputs.module, 1)))
     streams = getattr(inputs.module, STREAMS_ATTRIBUTE, None)
-    prefix = None if streams is None else streams(adapter, inputs.key.dtype)
+    prefix = None if streams is None else streams(call.adapter, inputs.key.dtype, call.chunk)
     has_mask_per_row = inputs.mask is not None and inputs.mask.shape[0] == inputs.query.shape[0]
     attend = call_stock if prefix is None else FAMILIES[implementation]
     if implementation == "eager" or has_mask_per_row:

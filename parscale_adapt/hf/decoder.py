@@ -57,10 +57,13 @@ class StreamDoor:
             cache_name, cache = _claimed_cache(arguments, streams)
             if layout.num_streams == 1:
                 return _marked(self.run_stock(arguments), streams)
+            arguments = self._with_positions(arguments, tokens.shape[1])
+            if self._runs_in_chunks(arguments, cache, streams, layout):
+                return _mixed(self._run_in_chunks(arguments, tokens.shape[0], streams), streams, layout)
             if cache is None and self._wants_cache(arguments.get("use_cache")):
                 cache = DynamicCache(config=stock_config(self.decoder.config))
                 claim_cache(cache, streams.cache_owner)
-            arguments = _with_rows(self._with_positions(arguments, tokens.shape[1]), tokens.shape[0], layout)
+            arguments = _with_rows(arguments, tokens.shape[0], layout)
             if cache is None:
                 return _mixed(self.run_stock(arguments), streams, layout)
             view = stream_view(cache, layout, streams.attended_layers)
@@ -78,6 +81,38 @@ class StreamDoor:
         if self.inner is not None:
             return self.inner(**arguments)
         return type(self.decoder).forward(self.decoder, **arguments)
+
+    def _runs_in_chunks(
+        self, arguments: dict[str, Any], cache: Cache | None, streams: DecoderStreamsProtocol, layout: StreamLayout
+    ) -> bool:
+        """Whether a few streams run at a time: always in training, else where no cache is to be filled.
+
+        Raises:
+            ValueError: in training, a cache is asked for.
+        """
+        if streams.chunk_size is None or not isinstance(layout, UniformLayout):
+            return False
+        if streams.chunk_size >= layout.num_streams:
+            return False
+        if not self.decoder.training:
+            has_pages = arguments.get("cache") is not None
+            return cache is None and not has_pages and not self._wants_cache(arguments.get("use_cache"))
+        if cache is not None or arguments.get("use_cache"):
+            raise ValueError(
+                "Chunks of streams run twice in training, and a cache would be filled twice: pass `use_cache=False` "
+                f"and no cache, or set `stream_chunk_size`, now {streams.chunk_size}, to None."
+            )
+        return True
+
+    def _run_in_chunks(self, arguments: dict[str, Any], batch_size: int, streams: DecoderStreamsProtocol) -> Any:
+        """The output of the stock decoder on the rows of all streams."""
+        if "use_cache" in self.parameters:
+            arguments = {**arguments, "use_cache": False}
+
+        def run(layout: UniformLayout) -> Any:
+            return self.run_stock(_with_rows(arguments, batch_size, layout))
+
+        return streams.run_in_chunks(run)
 
     def _wants_cache(self, use_cache: bool | None) -> bool:
         decoder = self.decoder

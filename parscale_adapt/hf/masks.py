@@ -18,7 +18,7 @@ def _stream_mask(implementation: str) -> Callable:
         """The mask of `batch_size` = R rows of tokens: one for each of their B samples, or, where the architecture
         computes with its masks (`masks_per_row`), one for each row."""
         streams = decoder_streams(config)
-        layout, _, num_prefix_tokens = streams.running
+        layout, _, num_prefix_tokens, _ = streams.running
         if not streams.masks_per_row:
             batch_size = layout.count_samples(batch_size)
             attention_mask = None if attention_mask is None else attention_mask[:batch_size]  # those of stream 0

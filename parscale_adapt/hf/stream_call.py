@@ -1,13 +1,13 @@
 """What the parts of a decoder know of the call in which they run."""
 
-from collections.abc import Set
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from transformers import PreTrainedConfig
 
-from ..core.layout import StreamLayout
+from ..core.layout import StreamLayout, UniformLayout
 
 
 STREAMS_ATTRIBUTE = "parscale"
@@ -38,11 +38,18 @@ class StreamCall(NamedTuple):
         layout: which row is which stream of which sample.
         adapter: whose streams run; None for the plain backbone, and in a mixed batch, whose layout names them.
         num_prefix_tokens: `n` of that adapter.
+        chunk: which of that adapter's streams run, where `layout` is that of a few of them; None for all.
     """
 
     layout: StreamLayout
     adapter: str | None
     num_prefix_tokens: int
+    chunk: slice | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the backbone runs as it is: one stream has nothing of its own, but for one of several."""
+        return self.layout.num_streams == 1 and self.chunk is None
 
 
 class DecoderStreamsProtocol(Protocol):
@@ -65,6 +72,13 @@ class DecoderStreamsProtocol(Protocol):
     @property
     def cache_owner(self) -> CacheOwners:
         """Whose keys and values a cache of the coming call holds."""
+
+    @property
+    def chunk_size(self) -> int | None:
+        """How many streams run at a time where there is no cache; None for all."""
+
+    def run_in_chunks(self, run: Callable[[UniformLayout], Any]) -> Any:
+        """What `run` gives on the rows of all streams, from running `chunk_size` of them at a time; not where it is None."""
 
     def open_call(self, batch_size: int, device: torch.device) -> StreamCall:
         """Lay out a batch of `B` samples; `running` is this call until [`close_call`].

@@ -51,9 +51,11 @@ class OwnedTransforms(nn.Module):
 class OwnedPrefixes(OwnedTransforms):
     """The prefixes of one attention module, as [`parscale_adapt.hf.attention`] asks for them."""
 
-    def forward(self, adapter: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, adapter: str, dtype: torch.dtype, chunk: slice | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Prefix keys and values `[P, num_key_value_heads, n, key_size or value_size]`."""
-        return self.prefix_k(dtype), self.prefix_v(dtype)
+        return self.prefix_k(dtype, chunk), self.prefix_v(dtype, chunk)
 
 
 class OwnedChanges(OwnedTransforms):
@@ -74,6 +76,7 @@ class OwnedStreams(nn.Module):
     """
 
     cache_owner = CacheOwner("parscale", "of the checkpoint")
+    chunk_size = None  # a checkpoint runs all streams at once
 
     def __init__(self, streams: dict[str, Any]):
         super().__init__()

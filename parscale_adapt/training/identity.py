@@ -9,7 +9,7 @@ from transformers import SchedulerType
 from trl import SFTConfig
 
 from ..data import content_of, fingerprint_of_files
-from ..tuner.config import ParScaleArguments
+from ..tuner.config import CHOICES_OF_A_RUN, ParScaleArguments
 from .arguments import BackboneArguments
 
 
@@ -102,9 +102,10 @@ def run_identity(
     Raises:
         ValueError: there is no such data.
     """
+    fields = dataclasses.asdict(streams)
     return {
         "recipe": recipe,
-        "streams": dataclasses.asdict(streams),
+        "streams": {name: value for name, value in fields.items() if name not in CHOICES_OF_A_RUN},
         "backbone": backbone.model_name_or_path or "embedded",
         "model_revision": backbone.model_revision,
         "adapter": backbone.adapter_name_or_path,

@@ -13,7 +13,7 @@ from transformers.trainer_utils import SaveStrategy
 from trl import SFTConfig
 
 from ..checkpoints.folders import find_adapter
-from ..tuner.config import ParScaleArguments, ParScaleConfig
+from ..tuner.config import CHOICES_OF_A_RUN, ParScaleArguments, ParScaleConfig
 from ..tuner.state import backbone_shapes
 from .arguments import BackboneArguments
 from .embedded import embedded_backbone
@@ -99,6 +99,7 @@ def trainable_model(
         )
     _take_streams_from(config, streams, backbone)
     config.verify_backbone = backbone.verify_backbone
+    config.stream_chunk_size = streams.stream_chunk_size
     model = AutoModelForCausalLM.from_pretrained(
         path, **backbone.model_init_kwargs(), quantization_config=backbone.quantization_config()
     )
@@ -119,7 +120,7 @@ def _take_streams_from(config: ParScaleConfig, streams: ParScaleArguments, backb
         ValueError: a setting was given, and the adapter has another.
     """
     for field in dataclasses.fields(ParScaleArguments):
-        if field.name == "train_backbone":  # a choice of this run
+        if field.name == "train_backbone" or field.name in CHOICES_OF_A_RUN:
             continue
         here, stored = getattr(streams, field.name), getattr(config, field.name)
         is_given = field.name in backbone.explicit_settings or here != field.default

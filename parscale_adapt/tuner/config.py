@@ -14,6 +14,7 @@ from .registration import PARSCALE
 from .shared_lora import lora_config, lora_fields
 
 
+CHOICES_OF_A_RUN = ("verify_backbone", "stream_chunk_size")  # which say nothing of what an adapter is
 STARTS_OF_PREFIXES = ("normal", "reparameterized", "tokens")
 
 
@@ -73,6 +74,14 @@ class ParScaleArguments:
             "carries the trained backbone as well."
         },
     )
+    stream_chunk_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Run so many streams at a time, which takes the activations of so many instead of all, and one more "
+            "forward pass in training; gradients stay exact. Decoding with a cache runs all at once. None: all. A "
+            "choice of the run, never saved with an adapter."
+        },
+    )
 
     def __post_init__(self):
         if type(self.num_streams) is not int or self.num_streams < 1:
@@ -92,6 +101,7 @@ class ParScaleArguments:
             raise ValueError(f"`stream_lora_rank` must be an integer of at least 1, got {self.stream_lora_rank!r}.")
         if not self.stream_lora_alpha > 0:
             raise ValueError(f"`stream_lora_alpha` must be positive, got {self.stream_lora_alpha!r}.")
+        check_stream_chunk_size(self.stream_chunk_size)
         self._refuse_fields_of_other_transforms()
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
@@ -110,6 +120,12 @@ class ParScaleArguments:
                         f"`{name}` belongs to `stream_transform={transform!r}`, got {value!r} with "
                         f"`stream_transform={self.stream_transform!r}`: leave it at {defaults[name]!r}."
                     )
+
+
+def check_stream_chunk_size(size: Any) -> None:
+    """Raise ValueError unless so many streams can run at a time."""
+    if size is not None and (type(size) is not int or size < 1):
+        raise ValueError(f"`stream_chunk_size` must be None or an integer of at least 1, got {size!r}.")
 
 
 def _in_order(stream_transform: Any) -> str | list[str]:
@@ -219,8 +235,11 @@ class ParScaleConfig(ParScaleArguments, PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> "ParScaleConfig":
-        """As [`peft.PeftConfig.from_pretrained`]."""
+        """As [`peft.PeftConfig.from_pretrained`]; `stream_chunk_size`, which no file has, may be given."""
+        size = kwargs.pop("stream_chunk_size", None)
+        check_stream_chunk_size(size)
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        config.stream_chunk_size = size
         if "ephemeral_gpu_offload" in kwargs:  # `PeftModel.load_adapter`
             config.runtime_config.ephemeral_gpu_offload = kwargs["ephemeral_gpu_offload"]
         return config
@@ -234,7 +253,8 @@ class ParScaleConfig(ParScaleArguments, PeftConfig):
     def to_dict(self) -> dict:
         """The fields that are saved."""
         fields = super().to_dict()
-        del fields["verify_backbone"]
+        for name in CHOICES_OF_A_RUN:
+            del fields[name]
         fields["parscale_version"] = self.parscale_version or __version__
         fields["lora"] = None if self.lora is None else lora_fields(self.lora)
         return fields

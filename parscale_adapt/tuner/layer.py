@@ -2,7 +2,7 @@
 
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -18,8 +18,20 @@ from ..hf.backbone import AttentionShape, Backbone
 from ..hf.engines import execution_device
 from ..hf.projections import ProjectionShape
 from ..hf.stream_call import STREAMS_ATTRIBUTE, CacheOwner, CacheOwners, StreamCall
+from ..hf.stream_chunks import run_in_chunks
 from .config import ParScaleConfig
 from .registration import PARAMETER_PREFIX
+from .thread_batch import (
+    ThreadBatch,
+    adapters_of_thread,
+    chunk_of_thread,
+    forget_layout,
+    lay_out_mixed,
+    layout_of_thread,
+)
+
+
+_COUNTING = threading.Lock()
 
 
 class ParScaleLayer(nn.Module, BaseTunerLayer):
@@ -111,25 +123,14 @@ class AttentionStreams(HostStreams):
         self.parscale_prefix_k[adapter_name].weight.copy_(key)
         self.parscale_prefix_v[adapter_name].weight.copy_(value)
 
-    def forward(self, adapter: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Prefix keys and values `[P, num_key_value_heads, n, key_size or value_size]` of one adapter, if it has any."""
+    def forward(
+        self, adapter: str, dtype: torch.dtype, chunk: slice | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Prefix keys and values `[P, num_key_value_heads, n, key_size or value_size]` of one adapter, if it has any; of
+        the streams of a chunk only, where one is given."""
         if adapter not in self.parscale_prefix_k:
             return None
-        return self.parscale_prefix_k[adapter](dtype), self.parscale_prefix_v[adapter](dtype)
-
-
-class _Batch(threading.local):
-    """What a thread says of the batch that it runs, where its samples run different adapters.
-
-    Args of [`DecoderStreams.mixed_batches`], and the layout of the running call.
-    """
-
-    adapters: tuple[str | None, ...] | None = None
-    may_repeat = False
-    layout: MixedLayout | None = None
-
-    def __reduce__(self) -> tuple[type, tuple]:
-        return _Batch, ()  # a copy of a model runs no batch
+        return self.parscale_prefix_k[adapter](dtype, chunk), self.parscale_prefix_v[adapter](dtype, chunk)
 
 
 class DecoderStreams(ParScaleLayer):
@@ -142,7 +143,7 @@ class DecoderStreams(ParScaleLayer):
     """
 
     adapter_layer_names = ("parscale_aggregator",)
-    other_param_names = ("streams_of", "prefix_tokens_of", "cache_owner_of")
+    other_param_names = ("streams_of", "prefix_tokens_of", "cache_owner_of", "chunk_size_of")
 
     def __init__(self, host: nn.Module, backbone: Backbone, output_module: nn.Module):
         super().__init__(host)
@@ -154,13 +155,15 @@ class DecoderStreams(ParScaleLayer):
         self.parscale_aggregator = nn.ModuleDict()
         self.prefix_tokens_of: dict[str, int] = {}
         self.cache_owner_of: dict[str, CacheOwner] = {}
-        self._batch = _Batch()
-        self._num_mixing = 0
+        self.chunk_size_of: dict[str, int | None] = {}
+        self._batch = ThreadBatch()
+        self._num_mixing = self._num_chunking = 0
 
     def update_layer(self, adapter_name: str, config: ParScaleConfig) -> None:
         """Add the aggregator of one adapter; one stream needs none."""
         self.streams_of[adapter_name] = config.num_streams
         self.cache_owner_of[adapter_name] = CacheOwner(adapter_name, uuid.uuid4().hex)
+        self.chunk_size_of[adapter_name] = config.stream_chunk_size
         has_prefix = config.num_streams > 1 and named_transforms(config.stream_transform, ATTENTION)
         self.prefix_tokens_of[adapter_name] = config.num_prefix_tokens if has_prefix else 0
         if config.num_streams > 1:
@@ -173,17 +176,42 @@ class DecoderStreams(ParScaleLayer):
     def running(self) -> StreamCall:
         """See [`DecoderStreamsProtocol`]."""
         if self._num_mixing:
-            layout = _layout_of_thread(self._batch)
+            layout = layout_of_thread(self._batch)
             if layout is not None:
                 return StreamCall(layout, None, 0)
         adapter = self.current_adapter
         num_prefix_tokens = 0 if adapter is None else self.prefix_tokens_of[adapter]
-        return StreamCall(UniformLayout(self.num_streams), adapter, num_prefix_tokens)
+        chunk = chunk_of_thread(self._batch) if self._num_chunking else None
+        num_streams = self.num_streams if chunk is None else chunk.stop - chunk.start
+        return StreamCall(UniformLayout(num_streams), adapter, num_prefix_tokens, chunk)
+
+    @property
+    def chunk_size(self) -> int | None:
+        """See [`DecoderStreamsProtocol`]."""
+        adapter = self.current_adapter
+        return None if adapter is None else self.chunk_size_of[adapter]
+
+    def run_in_chunks(self, run: Callable[[UniformLayout], Any]) -> Any:
+        """See [`DecoderStreamsProtocol`]."""
+        assert self.chunk_size is not None
+        return run_in_chunks(run, self._host, self._running_chunk, self.num_streams, self.chunk_size)
+
+    @contextmanager
+    def _running_chunk(self, chunk: slice) -> Iterator[None]:
+        before, self._batch.chunk = self._batch.chunk, chunk
+        with _COUNTING:
+            self._num_chunking += 1
+        try:
+            yield
+        finally:
+            with _COUNTING:
+                self._num_chunking -= 1
+            self._batch.chunk = before
 
     @property
     def cache_owner(self) -> CacheOwners:
         """See [`DecoderStreamsProtocol`]."""
-        adapters = _adapters_of_thread(self._batch) if self._num_mixing else None
+        adapters = adapters_of_thread(self._batch) if self._num_mixing else None
         if adapters is not None:
             return tuple(None if name is None else self.cache_owner_of[name] for name in adapters)
         adapter = self.current_adapter
@@ -217,27 +245,27 @@ class DecoderStreams(ParScaleLayer):
             ValueError: the batch has another number of samples than [`mixed_batches`] names adapters.
         """
         if self._num_mixing:
-            _lay_out_mixed(self._batch, self.streams_of, batch_size, device)
+            lay_out_mixed(self._batch, self.streams_of, batch_size, device)
         return self.running
 
     def close_call(self) -> None:
         """See [`DecoderStreamsProtocol`]."""
         if self._num_mixing:
-            _forget_layout(self._batch)
+            forget_layout(self._batch)
 
     def adapters_of_rows(self, num_rows: int) -> tuple[str | None, ...] | None:
         """In a batch that mixes adapters, the one of every row: inside the decoder R rows, outside of it B."""
-        adapters = _adapters_of_thread(self._batch) if self._num_mixing else None
+        adapters = adapters_of_thread(self._batch) if self._num_mixing else None
         if adapters is None:
             return None
-        layout = _layout_of_thread(self._batch)
+        layout = layout_of_thread(self._batch)
         if layout is not None:
             return layout.adapter_of_row
         return tuple(name for name in adapters for _ in range(num_rows // len(adapters)))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Mix the streams: `[R, T, H]` to `[B, T, H]`."""
-        layout, adapter, _ = self.running
+        layout, adapter, *_ = self.running
         if isinstance(layout, UniformLayout):
             return self.parscale_aggregator[adapter](hidden_states)
         mixed = hidden_states.new_empty(len(layout.adapters), *hidden_states.shape[1:])
@@ -246,39 +274,6 @@ class DecoderStreams(ParScaleLayer):
             is_plain = group.num_streams == 1
             mixed[group.samples] = states if is_plain else self.parscale_aggregator[group.adapter](states)
         return mixed
-
-
-_COUNTING = threading.Lock()
-
-
-# What a thread keeps for itself is read outside of compiled code, which would keep the first value that it saw.
-@torch.compiler.disable
-def _layout_of_thread(batch: _Batch) -> MixedLayout | None:
-    return batch.layout
-
-
-@torch.compiler.disable
-def _adapters_of_thread(batch: _Batch) -> tuple[str | None, ...] | None:
-    return batch.adapters
-
-
-@torch.compiler.disable
-def _lay_out_mixed(batch: _Batch, streams_of: dict[str, int], batch_size: int, device: torch.device) -> None:
-    if batch.adapters is None:
-        return
-    repeats, rest = divmod(batch_size, len(batch.adapters))
-    if rest or not repeats or (repeats > 1 and not batch.may_repeat):
-        raise ValueError(
-            f"`adapter_names` must name one adapter per sample, got {len(batch.adapters)} names for {batch_size} samples."
-        )
-    adapters = [name for name in batch.adapters for _ in range(repeats)]
-    num_streams = [1 if name is None else streams_of[name] for name in adapters]
-    batch.layout = MixedLayout(adapters, num_streams, device)
-
-
-@torch.compiler.disable
-def _forget_layout(batch: _Batch) -> None:
-    batch.layout = None
 
 
 class ProjectionStreams(HostStreams):
@@ -318,21 +313,24 @@ class ProjectionStreams(HostStreams):
             states: its input `[R, T, in_features]`.
             output: its own output `[R, T, out_features]`.
         """
-        layout = self._decoder_streams.running.layout
+        running = self._decoder_streams.running
+        layout = running.layout
         if not isinstance(layout, MixedLayout):
             adapter = self.current_adapter
-            return output if adapter is None else self._changed(adapter, states, output)
+            return output if adapter is None else self._changed(adapter, states, output, running.chunk)
         changed = output.clone()
         for group in layout.groups:
             if group.adapter is not None and group.adapter in self.streams_of:
                 changed[group.rows] = self._changed(group.adapter, states[group.rows], output[group.rows])
         return changed
 
-    def _changed(self, adapter: str, states: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    def _changed(
+        self, adapter: str, states: torch.Tensor, output: torch.Tensor, chunk: slice | None = None
+    ) -> torch.Tensor:
         for container in self.adapter_layer_names:
             modules = getattr(self, container)
             if adapter in modules:
-                output = output + modules[adapter](states).to(output.dtype)
+                output = output + modules[adapter](states, chunk).to(output.dtype)
         return output
 
 

@@ -16,9 +16,10 @@ from ..hf.fingerprint import backbone_fingerprint
 from ..hf.stream_call import STREAMS_ATTRIBUTE
 from ..models.standalone import base_model_name, describe_streams, make_standalone, standalone_classes
 from .attaching import AttachingTuner
-from .config import ParScaleConfig
+from .config import ParScaleConfig, check_stream_chunk_size
 from .files import stream_tensors, tensors_for_file, tensors_from_file
 from .hosts import remove_streams
+from .layer import DecoderStreams
 from .registration import register_method
 from .shared_lora import lora_by_row, remove_idle_lora
 from .state import checkpoint_key, load_backbone, trains_backbone
@@ -41,6 +42,20 @@ class ParScaleModel(AttachingTuner):
         if isinstance(adapter_name, list) and len(adapter_name) > 1:
             raise ValueError(f"Only one ParScale adapter can be active at a time, got {adapter_name}.")
         super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def set_stream_chunk_size(self, size: int | None) -> None:
+        """Run `size` streams of the active adapter at a time from now on, None for all; see `stream_chunk_size` of
+        [`ParScaleConfig`].
+
+        Raises:
+            ValueError: it is neither None nor an integer of at least 1.
+        """
+        check_stream_chunk_size(size)
+        for name in self.active_adapters:
+            self.peft_config[name].stream_chunk_size = size
+            for layer in self.model.modules():
+                if isinstance(layer, DecoderStreams):
+                    layer.chunk_size_of[name] = size
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete one adapter with all its tensors; if it was active, another one becomes active in its place."""

@@ -29,9 +29,9 @@ class Streams(torch.nn.Module):
         self.keys.reset_parameters(1.0)
         self.values.reset_parameters(1.0)
 
-    def forward(self, adapter, dtype):
+    def forward(self, adapter, dtype, chunk):
         assert adapter == "chosen"
-        return self.keys(dtype), self.values(dtype)
+        return self.keys(dtype, chunk), self.values(dtype, chunk)
 
 
 def attention_module(num_streams=P, implementation="sdpa"):

@@ -59,6 +59,11 @@ def test_every_setting_that_decides_a_number_is_compared(tmp_path, changes):
         other.open(None)
 
 
+def test_how_many_streams_run_at_a_time_may_change_between_a_run_and_its_resume(tmp_path):
+    chunked = identity(tmp_path, streams=ParScaleArguments(stream_chunk_size=1))
+    assert chunked == identity(tmp_path)
+
+
 def test_what_may_differ_is_listed_and_all_else_is_compared(tmp_path):
     fields = {field.name for field in dataclasses.fields(StreamConfig)}
     assert fields >= MAY_DIFFER

@@ -74,7 +74,7 @@ def test_a_default_that_was_given_is_refused_where_the_adapter_differs(material,
 
 
 def test_every_setting_of_the_streams_is_compared_but_for_what_is_trained_further():
-    assert DEFAULTS.keys() - ADAPTERS.keys() == {"train_backbone"}
+    assert DEFAULTS.keys() - ADAPTERS.keys() == {"train_backbone", "stream_chunk_size"}
 
 
 @pytest.mark.parametrize("given", [{}, {"num_streams": 2}], ids=["left_out", "the_same"])
@@ -82,10 +82,11 @@ def test_streams_are_those_of_the_adapter(material, tmp_path, given):
     with_streams(tiny_model(vocab_size=320), 2).save_pretrained(tmp_path)
     backbone = BackboneArguments(adapter_name_or_path=str(tmp_path), verify_backbone=False)
     backbone.explicit_settings = frozenset(given)
-    streams = ParScaleArguments(**given)
+    streams = ParScaleArguments(**given, stream_chunk_size=1)
     with pytest.warns(UserWarning, match="trained on another backbone"):
         model, _ = trainable_model(material.backbone, backbone, streams)
     assert (streams.num_streams, streams.num_prefix_tokens) == (2, 3)
+    assert model.get_base_model().model.parscale.chunk_size == streams.stream_chunk_size == 1
     assert model.peft_config["default"].num_streams == 2
 
 

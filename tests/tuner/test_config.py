@@ -29,12 +29,40 @@ from parscale_adapt.tuner.config import ParScaleArguments
         ("init_std", -0.02, r"must be positive, got -0\.02"),
         ("init_std", math.nan, "must be positive, got nan"),
         ("init_weights", "gaussian", "must be one of normal, reparameterized, tokens, got 'gaussian'"),
+        ("stream_chunk_size", 0, "must be None or an integer of at least 1, got 0"),
+        ("stream_chunk_size", True, "must be None or an integer of at least 1, got True"),
+        ("stream_chunk_size", 1.5, r"must be None or an integer of at least 1, got 1\.5"),
         ("init_weights", None, "must be one of normal, reparameterized, tokens, got None"),
     ],
 )
 def test_a_bad_value_is_refused_with_its_field_rule_and_value(config_class, field, value, rule):
     with pytest.raises(ValueError, match=f"^`{field}` {rule}"):
         config_class(**{field: value})
+
+
+def chunk_sizes(model):
+    return model.get_base_model().model.parscale.chunk_size, model.peft_config[model.active_adapter].stream_chunk_size
+
+
+def test_how_many_streams_run_at_a_time_is_chosen_on_loading_and_changed_later_and_never_saved(tmp_path):
+    config = ParScaleConfig(num_streams=3, num_prefix_tokens=3, stream_chunk_size=2)
+    model = get_peft_model(tiny_model(), config)
+    assert chunk_sizes(model) == (2, 2)
+    model.set_stream_chunk_size(1)
+    assert chunk_sizes(model) == (1, 1)
+    assert config.stream_chunk_size == 2
+    model.add_adapter("other", ParScaleConfig(num_streams=2, num_prefix_tokens=3))
+    model.set_adapter("other")
+    assert chunk_sizes(model) == (None, None)
+    model.set_adapter("default")
+    for wrong in (0, "1"):
+        with pytest.raises(ValueError, match="`stream_chunk_size` must be None or an integer of at least 1, got"):
+            model.set_stream_chunk_size(wrong)
+    assert chunk_sizes(model) == (1, 1)
+    model.save_pretrained(tmp_path)
+    assert "stream_chunk_size" not in json.loads((tmp_path / "adapter_config.json").read_text())
+    assert chunk_sizes(PeftModel.from_pretrained(tiny_model(), tmp_path)) == (None, None)
+    assert chunk_sizes(PeftModel.from_pretrained(tiny_model(), tmp_path, stream_chunk_size=1)) == (1, 1)
 
 
 @pytest.mark.parametrize("value", [True, False])

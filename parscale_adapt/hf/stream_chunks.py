@@ -1,0 +1,125 @@
+"""Streams in chunks: a decoder runs a few streams at a time, and keeps of each chunk its final hidden states only.
+
+The streams of a sample meet nowhere before the aggregator, so the activations of all but one chunk can be released and
+computed again in the backward pass, whose gradients stay exact (GradCache, arXiv 2101.06983).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ..core.layout import UniformLayout
+
+
+_LAYER_CHECKPOINT = "_gradient_checkpointing_func"  # which transformers gives to whatever it checkpoints
+
+
+RunningChunk = Callable[[slice], AbstractContextManager[None]]
+
+
+# Not traced: what runs inside is told to attention by the thread. Layers that are compiled one by one stay compiled.
+@torch.compiler.disable
+def run_in_chunks(
+    run: Callable[[UniformLayout], Any],
+    decoder: nn.Module,
+    running_chunk: RunningChunk,
+    num_streams: int,
+    chunk_size: int,
+) -> Any:
+    """The output of a decoder on the rows of all streams, computed chunk by chunk.
+
+    The last chunk keeps its activations: they are what the backward pass asks for first. It releases them before it
+    replays the one before, since autograd takes nodes in the reverse order of their making.
+
+    Args:
+        run: the decoder on the rows of so many streams, without a cache.
+        decoder: the decoder.
+        running_chunk: inside the block, in its thread, the decoder's parts see these streams only.
+        num_streams: `P`.
+        chunk_size: how many streams run at a time.
+
+    Returns:
+        As `run` gives it: `[P * B, T, H]`, and what else there is, laid out by row.
+    """
+    devices = {parameter.device for parameter in decoder.parameters()}
+    on_devices = [torch.empty(0, device=device) for device in devices if device.type != "meta"]
+    outputs = []
+    for first in range(0, num_streams, chunk_size):
+        chunk = slice(first, min(first + chunk_size, num_streams))
+        run_chunk = partial(_run_chunk, run, decoder, running_chunk, chunk)
+        if chunk.stop == num_streams or not torch.is_grad_enabled():
+            outputs.append(run_chunk())
+        else:
+            # The tensors say whose random states are restored. A replay that stops early would leave modules half-way,
+            # past the hooks by which engines release parameters.
+            outputs.append(checkpoint(run_chunk, *on_devices, use_reentrant=False, early_stop=False))
+    return _joined(outputs)
+
+
+def _run_chunk(
+    run: Callable[[UniformLayout], Any],
+    decoder: nn.Module,
+    running_chunk: RunningChunk,
+    chunk: slice,
+    *on_devices: torch.Tensor,
+) -> Any:
+    with running_chunk(chunk), _layers_know(chunk, decoder, running_chunk):
+        return run(UniformLayout(chunk.stop - chunk.start))
+
+
+@contextmanager
+def _layers_know(chunk: slice, decoder: nn.Module, running_chunk: RunningChunk) -> Iterator[None]:
+    """Let what is checkpointed layer by layer inside the block be computed again for this chunk."""
+    functions = {
+        module: vars(module)[_LAYER_CHECKPOINT] for module in decoder.modules() if _LAYER_CHECKPOINT in vars(module)
+    }
+    for module, function in functions.items():
+        in_chunk = partial(_checkpoint_of_chunk, _in_one_graph(function), chunk, running_chunk)
+        setattr(module, _LAYER_CHECKPOINT, in_chunk)
+    try:
+        yield
+    finally:
+        for module, function in functions.items():
+            setattr(module, _LAYER_CHECKPOINT, function)
+
+
+def _checkpoint_of_chunk(
+    function: Callable, chunk: slice, running_chunk: RunningChunk, run: Callable, *args: Any, **kwargs: Any
+) -> Any:
+    def run_in_chunk(*args: Any, **kwargs: Any) -> Any:
+        with running_chunk(chunk):
+            return run(*args, **kwargs)
+
+    return function(run_in_chunk, *args, **kwargs)
+
+
+def _in_one_graph(function: Callable) -> Callable:
+    """Torch's checkpoint in its variant without a backward pass of its own, which gives the same gradients.
+
+    Of the reentrant variant every chunk would add to a parameter's gradient by itself, where engines expect it once.
+    """
+    if isinstance(function, partial) and function.keywords.get("use_reentrant"):
+        return partial(function.func, *function.args, **{**function.keywords, "use_reentrant": False})
+    return function
+
+
+def _joined(outputs: list[Any]) -> Any:
+    """The outputs of all chunks, in the order of their rows."""
+    first = outputs[0]
+    if isinstance(first, torch.Tensor):
+        return torch.cat(outputs)
+    if isinstance(first, dict):  # as the outputs of transformers are
+        return type(first)(**{name: _joined([output[name] for output in outputs]) for name in first})
+    if isinstance(first, tuple):
+        return tuple(_joined(list(items)) for items in zip(*outputs, strict=True))
+    if first is None:
+        return None
+    raise ValueError(
+        f"The decoder returns a {type(first).__name__}, which chunks of streams can't join: leave out what asks for it, "
+        "or set `stream_chunk_size` to None."
+    )
