@@ -13,6 +13,7 @@ from .config_view import stock_config
 from .decoder import refuse_unsupported_attention
 from .engines import execution_device, gathered_parameters, refuse_absent_weights
 from .observer import AttentionObserver, observe_attention
+from .prefixed_attention import AttentionInputs
 
 
 class AttentionShape(NamedTuple):
@@ -128,8 +129,8 @@ class _StateObserver(AttentionObserver):
         self.names = {module: name for name, module in model.named_modules()}
         self.states: dict[str, ObservedStates] = {}
 
-    def see_attention(self, module: nn.Module, key: torch.Tensor, value: torch.Tensor, mask: Any) -> None:
-        self.states[self.names[module]] = ObservedStates(key, value)
+    def see_attention(self, call: AttentionInputs, implementation: str) -> None:
+        self.states[self.names[call.module]] = ObservedStates(call.key, call.value)
 
 
 class _RecordingCache(DynamicCache):
@@ -175,9 +176,10 @@ class _RouteObserver(AttentionObserver):
         if isinstance(mask, torch.Tensor):
             self.masks.append(mask)
 
-    def see_attention(self, module: nn.Module, key: torch.Tensor, value: torch.Tensor, mask: Any) -> None:
+    def see_attention(self, call: AttentionInputs, implementation: str) -> None:
+        mask = call.mask
         for layer, (cached_key, cached_value) in self.cache.returned.items():
-            if _is_same(key, cached_key) and _is_same(value, cached_value):
+            if _is_same(call.key, cached_key) and _is_same(call.value, cached_value):
                 self.attended_layers.add(layer)
         if isinstance(mask, torch.Tensor) and not any(_is_same(mask, made) for made in self.masks):
             self.masks_per_row = True

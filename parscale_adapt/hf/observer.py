@@ -12,7 +12,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from .attention import refuse_arguments_per_key, stock_function
 from .config_view import config_view, stock_config
-from .prefixed_attention import SUPPORTED_IMPLEMENTATIONS
+from .prefixed_attention import SUPPORTED_IMPLEMENTATIONS, AttentionInputs, call_stock
 
 
 _OBSERVED = "parscale_observed_"
@@ -24,8 +24,8 @@ class AttentionObserver:
     def see_mask(self, mask: Any) -> None:
         """transformers made a mask."""
 
-    def see_attention(self, module: nn.Module, key: torch.Tensor, value: torch.Tensor, mask: Any) -> None:
-        """An attention function was called with keys and values `[rows, heads, T, size]`."""
+    def see_attention(self, call: AttentionInputs, implementation: str) -> None:
+        """The attention function of an implementation was called; queries, keys and values are `[rows, heads, T, size]`."""
 
 
 _observer: ContextVar[AttentionObserver] = ContextVar("attention_observer")
@@ -63,8 +63,11 @@ def _observed_attention(implementation: str) -> Callable:
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         refuse_arguments_per_key(module, kwargs)
-        _observer.get().see_attention(module, key, value, attention_mask)
-        return stock_function(implementation, module)(module, query, key, value, attention_mask, **kwargs)
+        call = AttentionInputs(
+            stock_function(implementation, module), module, query, key, value, attention_mask, kwargs
+        )
+        _observer.get().see_attention(call, implementation)
+        return call_stock(call)
 
     return attention
 

@@ -17,6 +17,7 @@ from ..hf.projections import ProjectionShape, observe_projections
 from .config import ParScaleConfig
 from .hosts import open_streams, remove_unfilled_streams, stream_layer, take_back
 from .layer import ParScaleLayer
+from .near_identity import NearIdentity, start_near_identity
 from .refusals import (
     check_fingerprint,
     refuse_copied_hosts,
@@ -72,6 +73,8 @@ class AttachingTuner(BaseTuner):
         self._embedding_name = embedding_name(model)
         self._projections: dict[str, ProjectionShape] = {}  # found when the first adapter asks for them
         self._start_states: dict[str, ObservedStates] = {}
+        # What was measured of the adapters that started here by `init_weights="near_identity"`, by name.
+        self.near_identity_of: dict[str, NearIdentity] = {}
         # Adapters that were begun and are not complete: which parameters were trained before, by name.
         self._unfinished: dict[str, dict[str, bool]] = {}
         self._warned_owners: set[str] = set()
@@ -101,6 +104,9 @@ class AttachingTuner(BaseTuner):
             if config.lora is not None:
                 self._add_shared_lora(adapter_name, low_cpu_mem_usage)
             open_streams(self.model, self._backbone)
+            # With `low_cpu_mem_usage` there are no tensors yet, and those of a file will come.
+            if config.init_weights == "near_identity" and not (config.is_being_loaded or low_cpu_mem_usage):
+                self._start_near_identity(adapter_name, config)
 
     def _begin_anew(self, config: ParScaleConfig, given: ParScaleConfig) -> None:
         """Let a configuration, which may be that of a file or of another adapter, describe a new adapter."""
@@ -121,6 +127,7 @@ class AttachingTuner(BaseTuner):
         except BaseException:
             self.peft_config.pop(adapter_name, None)
             self._start_states.clear()
+            self.near_identity_of.pop(adapter_name, None)
             take_back(self.model, adapter_name)
             del self._unfinished[adapter_name]
             for name, parameter in self.model.named_parameters():
@@ -197,6 +204,12 @@ class AttachingTuner(BaseTuner):
         if current_key in self._start_states:
             states = self._start_states.pop(current_key)
             layer.start_from(adapter_name, states.key, states.value)
+
+    def _start_near_identity(self, adapter_name: str, config: ParScaleConfig) -> None:
+        if config.num_streams > 1:
+            self.near_identity_of[adapter_name] = start_near_identity(
+                self.model, adapter_name, config.num_streams, config.num_prefix_tokens
+            )
 
     def _add_shared_lora(self, adapter_name: str, low_cpu_mem_usage: bool) -> None:
         config = self.peft_config[adapter_name]

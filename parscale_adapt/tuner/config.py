@@ -15,7 +15,7 @@ from .shared_lora import lora_config, lora_fields
 
 
 CHOICES_OF_A_RUN = ("verify_backbone", "stream_chunk_size")  # which say nothing of what an adapter is
-STARTS_OF_PREFIXES = ("normal", "reparameterized", "tokens")
+STARTS_OF_PREFIXES = ("normal", "reparameterized", "tokens", "near_identity")
 
 
 @dataclass
@@ -63,8 +63,9 @@ class ParScaleArguments:
         metadata={
             "help": "How the prefixes start: 'normal' (the paper's N(0, init_std)), 'tokens' (keys and values that "
             "the backbone gives to tokens it generates itself, so that training starts near the backbone's own "
-            "loss), or 'reparameterized' (a small matrix through an MLP, folded into plain prefixes on save). PEFT's "
-            "booleans both mean 'normal'."
+            "loss), 'near_identity' (keys that the backbone's queries hardly pick, so that training starts at its own "
+            "loss; the difference is measured and logged), or 'reparameterized' (a small matrix through an MLP, folded "
+            "into plain prefixes on save). PEFT's booleans both mean 'normal'."
         },
     )
     train_backbone: bool = field(

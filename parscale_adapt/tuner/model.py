@@ -71,6 +71,7 @@ class ParScaleModel(AttachingTuner):
             self.set_adapter(active)
         super().delete_adapter(adapter_name)
         self._unfinished.pop(adapter_name, None)
+        self.near_identity_of.pop(adapter_name, None)
         remove_idle_lora(self.model)
         self.active_adapter = active
         self._warned_owners.discard(adapter_name)

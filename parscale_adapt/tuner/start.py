@@ -25,13 +25,17 @@ def observe_token_states(
     positions, which have none below 0, see them at 0 to n-1.
     """
     with streams_off(model):
-        input_ids = _generate_tokens(model, num_streams, num_prefix_tokens)
-        has_rotary_positions = model.config.get_text_config().to_dict().get("rope_parameters") is not None
-        positions = torch.arange(-num_prefix_tokens, 0).unsqueeze(0) if has_rotary_positions else None
+        input_ids = generate_tokens(model, num_streams, num_prefix_tokens)
+        positions = torch.arange(-num_prefix_tokens, 0).unsqueeze(0) if has_rotary_positions(model) else None
         return observe_states(model, input_ids, positions).states
 
 
-def _generate_tokens(model: PreTrainedModel, num_rows: int, num_tokens: int) -> torch.Tensor:
+def has_rotary_positions(model: PreTrainedModel) -> bool:
+    """Whether attention sees where tokens stand by rotating queries and keys, so that only distances count."""
+    return model.config.get_text_config().to_dict().get("rope_parameters") is not None
+
+
+def generate_tokens(model: PreTrainedModel, num_rows: int, num_tokens: int) -> torch.Tensor:
     """Sample `[num_rows, num_tokens]` ids from the backbone, each row from its own first token."""
     config = model.config.get_text_config()
     first = torch.randint(config.vocab_size, (num_rows, 1), device=input_device(model))

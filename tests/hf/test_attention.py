@@ -183,16 +183,18 @@ def test_observers_see_keys_before_the_prefix_and_only_inside_their_block():
         def see_mask(self, mask):
             made.append(mask)
 
-        def see_attention(self, *call):
+        def see_attention(self, call, implementation):
+            assert implementation == "sdpa"
             seen.append(call)
 
     padded = torch.tensor([[0] * 4 + [1] * 5, [1] * 9])
     with model.disable_adapter(), observe_attention(model.get_base_model(), Observer()):
         model(random_tokens(), attention_mask=padded)
-    assert [call[0] for call in seen] == [layer.self_attn for layer in layers]
-    assert all(states.shape == (2, 2, 9, 8) for call in seen for states in call[1:3])
+    assert [call.module for call in seen] == [layer.self_attn for layer in layers]
+    assert all(call.query.shape == (2, 4, 9, 8) for call in seen)
+    assert all(states.shape == (2, 2, 9, 8) for call in seen for states in (call.key, call.value))
     assert len(made) == 1
-    assert all(call[3] is made[0] for call in seen)
+    assert all(call.mask is made[0] for call in seen)
     assert torch.equal(model(random_tokens()).logits, expected)
     assert len(seen) == 2
 

@@ -37,7 +37,10 @@ def finished(recipes, material):
         ({"num_streams": "two"}, "invalid int value: 'two'"),
         ({"num_prefix_tokens": 0}, "`num_prefix_tokens` must be an integer of at least 1, got 0"),
         ({"aggregator_smoothing": 1.0}, "`aggregator_smoothing` must lie in [0, 1), got 1.0"),
-        ({"init_weights": "zeros"}, "`init_weights` must be one of normal, reparameterized, tokens, got 'zeros'"),
+        (
+            {"init_weights": "zeros"},
+            "`init_weights` must be one of normal, reparameterized, tokens, near_identity, got 'zeros'",
+        ),
         ({"num_stream": 2}, "--num_stream"),
         ({"num_streams": 1}, "one stream on a frozen backbone has nothing to learn"),
         ({"load_in_4bit": True, "train_backbone": True}, "4-bit weights can't be trained"),

@@ -23,7 +23,7 @@ from support.traces import traces
 
 from parscale_adapt import ParScaleConfig, grow_streams
 from parscale_adapt.core.prefix import ReparameterizedPrefix
-from parscale_adapt.tuner import attaching, hosts, layer, start
+from parscale_adapt.tuner import attaching, hosts, layer, near_identity, start
 
 
 BY_PEFT = ("base_model_name_or_path", "inference_mode")  # PEFT itself writes these into what it is given
@@ -65,7 +65,7 @@ def test_a_configuration_stays_as_the_user_made_it(tmp_path, method):
     assert (given.target_modules, given.backbone_fingerprint) == (None, None)
 
 
-@pytest.mark.parametrize("init_weights", ["tokens", "reparameterized"])
+@pytest.mark.parametrize("init_weights", ["tokens", "near_identity", "reparameterized"])
 def test_a_configuration_starts_every_adapter_in_the_way_that_it_names(init_weights):
     given = ParScaleConfig(**PREFIX, init_weights=init_weights)
     for seed in (0, 1):
@@ -137,10 +137,11 @@ def test_a_new_adapter_names_the_backbone_that_it_is_on(tmp_path):
 
 
 @pytest.mark.parametrize("with_config", [False, True])
-@pytest.mark.parametrize("init_weights", ["tokens", "reparameterized"])
+@pytest.mark.parametrize("init_weights", ["tokens", "near_identity", "reparameterized"])
 def test_what_comes_from_a_file_is_given_no_start(tmp_path, monkeypatch, init_weights, with_config):
     folder = saved(tmp_path, init_weights=init_weights)
-    monkeypatch.setattr(attaching, "observe_token_states", lambda *args: pytest.fail("a start that a file replaces"))
+    for name in ("observe_token_states", "start_near_identity"):
+        monkeypatch.setattr(attaching, name, lambda *args: pytest.fail("a start that a file replaces"))
     options = {"config": ParScaleConfig.from_pretrained(folder)} if with_config else {}
     loaded = PeftModel.from_pretrained(tiny_model(), folder, **options)
     loaded.load_adapter(folder, "second")
@@ -286,8 +287,10 @@ PLACES = {
     "decoder": (layer.DecoderStreams, "update_layer", 1),
     "second linear layer": (layer.ProjectionStreams, "update_layer", 2),
     "placing the third module": (layer.ParScaleLayer, "_place", 3),
-    "start": (start, "_generate_tokens", 1),
+    "start": (start, "generate_tokens", 1),
     "start states": (layer.AttentionStreams, "start_from", 2),
+    "near-identity fit": (near_identity, "_fit", 2),
+    "near-identity comparison": (near_identity, "_log_probabilities", 4),
     "shared LoRA": (attaching, "inject_shared_lora", 1),
     "door": (hosts, "attach_streams", 1),
     "hooks": (layer.ProjectionStreams, "attach_hook", 3),
@@ -298,6 +301,8 @@ FIELDS = {
     "hooks": {"stream_transform": "bitfit"},
     "start": {"init_weights": "tokens", "num_prefix_tokens": 3},
     "start states": {"init_weights": "tokens", "num_prefix_tokens": 3},
+    "near-identity fit": {"init_weights": "near_identity", "num_prefix_tokens": 3},
+    "near-identity comparison": {"init_weights": "near_identity", "num_prefix_tokens": 3},
     "shared LoRA": {"lora": {"r": 2, "target_modules": ["q_proj"]}},
 }
 

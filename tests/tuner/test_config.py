@@ -28,11 +28,11 @@ from parscale_adapt.tuner.config import ParScaleArguments
         ("init_std", 0, "must be positive, got 0"),
         ("init_std", -0.02, r"must be positive, got -0\.02"),
         ("init_std", math.nan, "must be positive, got nan"),
-        ("init_weights", "gaussian", "must be one of normal, reparameterized, tokens, got 'gaussian'"),
+        ("init_weights", "gaussian", "must be one of normal, reparameterized, tokens, near_identity, got 'gaussian'"),
         ("stream_chunk_size", 0, "must be None or an integer of at least 1, got 0"),
         ("stream_chunk_size", True, "must be None or an integer of at least 1, got True"),
         ("stream_chunk_size", 1.5, r"must be None or an integer of at least 1, got 1\.5"),
-        ("init_weights", None, "must be one of normal, reparameterized, tokens, got None"),
+        ("init_weights", None, "must be one of normal, reparameterized, tokens, near_identity, got None"),
     ],
 )
 def test_a_bad_value_is_refused_with_its_field_rule_and_value(config_class, field, value, rule):

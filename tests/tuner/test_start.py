@@ -14,7 +14,7 @@ P, N = 2, 4
 def texts(monkeypatch):
     """The texts that the streams start from, instead of generated ones."""
     tokens = random_tokens(P, N, seed=5)
-    monkeypatch.setattr(start, "_generate_tokens", lambda model, num_rows, num_tokens: tokens[:num_rows, :num_tokens])
+    monkeypatch.setattr(start, "generate_tokens", lambda model, num_rows, num_tokens: tokens[:num_rows, :num_tokens])
     return tokens
 
 
@@ -83,7 +83,7 @@ def test_a_start_that_fails_leaves_the_backbone_as_it_was(monkeypatch):
     def fail(*args):
         raise RuntimeError("no text")
 
-    monkeypatch.setattr(start, "_generate_tokens", fail)
+    monkeypatch.setattr(start, "generate_tokens", fail)
     backbone = tiny_model()
     names = list(backbone.state_dict())
     with pytest.raises(RuntimeError, match="no text"):
