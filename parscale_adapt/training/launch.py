@@ -49,7 +49,7 @@ def open_run_folder(training: SFTConfig, identity: dict[str, Any]) -> str | None
 
 
 def train(trainer: StreamTrainer, checkpoint: str | None) -> None:
-    """Train, from a checkpoint if one is named.
+    """Train, from a checkpoint if one is named; how near a near-identity start came is said first.
 
     Raises:
         TrainingStopped: an error after the first step; earlier ones come as they are.
@@ -58,6 +58,9 @@ def train(trainer: StreamTrainer, checkpoint: str | None) -> None:
     if trainer.args.should_save:
         num_saves = 1 if trainer.args.save_strategy == SaveStrategy.NO else 2
         check_room(trainer.model, Path(trainer.args.output_dir), num_saves)
+        start = trainer.near_identity_start()
+        if start is not None and checkpoint is None:
+            print(f"Near-identity start: {start}.")
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except Exception as error:

@@ -85,6 +85,7 @@ def _metrics(
     embedding_names = {name for name, parameter in model.named_parameters() if id(parameter) in embeddings}
     backbone = {name: shape for name, shape in backbone_shapes(model).items() if name not in embedding_names}
     adapter = expected_adapter_shapes(model, trainer.adapter_name)
+    start = trainer.near_identity_start()
     num_adapter_params = sum(math.prod(shape) for shape in adapter.values())
     return {
         "num_streams": streams.num_streams,
@@ -92,6 +93,7 @@ def _metrics(
         "num_adapter_params": num_adapter_params,
         "num_trained_params": sum(math.prod(full_shape(p)) for p in model.parameters() if p.requires_grad),
         "heldout_loss": heldout_loss,
+        "near_identity_start": None if start is None else start._asdict(),
         "num_tokens": trainer.state.num_input_tokens_seen,
         "num_steps": trainer.state.global_step,
         "streams": asdict(streams),

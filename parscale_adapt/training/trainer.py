@@ -14,6 +14,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import TrainOutput
 
+from ..tuner.model import ParScaleModel
+from ..tuner.near_identity import NearIdentity
 from .diversity import diversity_term, final_stream_states
 from .failures import TrainingStopped
 from .finiteness import FiniteCheck, on_one_mesh
@@ -81,6 +83,11 @@ class StreamTrainer(ResumingTrainer):
         """
         with self._termination.listening():
             return super().train(*args, **kwargs)
+
+    def near_identity_start(self) -> NearIdentity | None:
+        """What was measured where the streams in training started by `init_weights="near_identity"`."""
+        tuner = getattr(self.accelerator.unwrap_model(self.model), "base_model", None)
+        return tuner.near_identity_of.get(self.adapter_name) if isinstance(tuner, ParScaleModel) else None
 
     def _get_dataloader(self, *args, **kwargs) -> DataLoader:
         loader = super()._get_dataloader(*args, **kwargs)

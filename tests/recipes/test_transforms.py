@@ -15,6 +15,16 @@ from parscale_adapt.training.resuming import check_resumable
 from parscale_adapt.training.saving import live_tensors, verify_save, whole_state
 
 
+def test_a_near_identity_start_is_said_before_the_first_step(recipes, material):
+    result = recipes.run("cpt", **material.cpt_options(init_weights="near_identity", max_steps=2)).check()
+    start = result.metrics["near_identity_start"]
+    assert (
+        f"Near-identity start: before the first step the loss differs from the backbone's by {start['difference']:+.4f}"
+        in (result.stdout())
+    )
+    assert recipes.run("cpt", **material.cpt_options(max_steps=1)).check().metrics["near_identity_start"] is None
+
+
 @pytest.mark.parametrize(
     ("transform", "aggregator"), [("lora", "static"), ("bitfit", "mean"), (["prefix", "lora"], "dynamic")], ids=str
 )

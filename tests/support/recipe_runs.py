@@ -86,6 +86,9 @@ class Result:
     output_dir: Path
     record: Path
 
+    def stdout(self, rank: int = 0) -> str:
+        return (self.record / f"stdout.{rank}").read_text()
+
     def stderr(self, rank: int = 0) -> str:
         return (self.record / f"stderr.{rank}").read_text()
 

@@ -60,6 +60,7 @@ def zero3(material, tmp_path_factory):
         **resumed("frozen", folder, {**options, **SAVES}),
         **resumed("full", folder, {**options, **SAVES, **FULL}),
         "tokens": ("cpt", {**options, "init_weights": "tokens", "gradient_checkpointing": True}),
+        "near_identity": ("cpt", {**options, "init_weights": "near_identity"}),
         "reparameterized": ("cpt", {**options, "init_weights": "reparameterized"}),
         "sft": ("sft", {**sft, "num_streams": None, "num_prefix_tokens": None}),
         "shards": ("cpt", {**options, **SAVES, "save_shards": True}),
@@ -82,6 +83,7 @@ def fsdp2(material, tmp_path_factory):
         **resumed("full", folder, {**options, **SAVES, **FULL}),
         **resumed("rates", folder, {**options, **SAVES, **RATES}),
         "tokens": ("cpt", {**options, "init_weights": "tokens"}),
+        "near_identity": ("cpt", {**options, "init_weights": "near_identity"}),
         "shards": ("cpt", {**options, **SAVES, "save_shards": True}),
         **spoiled(folder, options),
         "mixed": ("cpt", {**options, **HALF, "bf16": True}),
@@ -95,6 +97,7 @@ def alone(recipes, material):
     """The same runs in one process, whose batch is the global batch."""
     cpt = {"frozen": {}, "full": {"train_backbone": True}, "tokens": {"init_weights": "tokens"}}
     cpt["rates"] = {**RATES, **TWO_PROCESSES, "gradient_accumulation_steps": 2}
+    cpt["near_identity"] = {"init_weights": "near_identity"}
     cpt["reparameterized"] = {"init_weights": "reparameterized"}
     return {name: recipes.run("cpt", **material.cpt_options(**changes)).check() for name, changes in cpt.items()}
 
@@ -143,7 +146,7 @@ def assert_resumed_exactly(runs, name):
     assert all(torch.equal(later[0].tensors[key], tensor) for key, tensor in whole[0].tensors.items())
 
 
-@pytest.mark.parametrize("name", ["frozen", "full", "tokens", "reparameterized"])
+@pytest.mark.parametrize("name", ["frozen", "full", "tokens", "near_identity", "reparameterized"])
 def test_zero3_trains_as_one_process(zero3, alone, name):
     result = zero3[name][0].check()
     kinds = ["ZeRO-3 float32"] if name == "full" else ["ZeRO-3", "ZeRO-3 float32"]
@@ -179,7 +182,7 @@ def test_zero2_trains_as_one_process(zero3, alone):
     assert_saved(result)
 
 
-@pytest.mark.parametrize("name", ["frozen", "full", "tokens"])
+@pytest.mark.parametrize("name", ["frozen", "full", "tokens", "near_identity"])
 def test_fsdp2_trains_as_one_process(fsdp2, alone, name):
     result = fsdp2[name][0].check()
     kinds = ["DTensor float32"] if name == "full" else ["DTensor", "DTensor float32"]
