@@ -1,11 +1,12 @@
 """Parameters that are not held as plain tensors: shares of a sharding engine, offloaded weights, packed 4-bit weights."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 
 @contextmanager
@@ -52,6 +53,34 @@ def gathered(parameters: list[nn.Parameter], writer: int | None = None) -> Itera
 def is_partitioned(parameter: nn.Parameter) -> bool:
     """Whether DeepSpeed ZeRO-3 holds only a share of `parameter` here."""
     return hasattr(parameter, "ds_id")
+
+
+class FrozenAliases(TorchFunctionMode):
+    """Operations inside the block get frozen parameters that DeepSpeed ZeRO-3 partitions as tensors that share their
+    values, which what they save for the backward pass keeps, also when the parameter is taken away in place."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", None) not in ("__get__", "__set__"):  # attributes are those of the parameter
+            args = tuple(_frozen_alias(argument) for argument in args)
+            kwargs = {name: _frozen_alias(argument) for name, argument in (kwargs or {}).items()}
+        return func(*args, **(kwargs or {}))
+
+
+def _frozen_alias(value: Any) -> Any:
+    is_frozen = isinstance(value, nn.Parameter) and is_partitioned(value) and not value.requires_grad
+    return value.detach() if is_frozen else value
+
+
+@contextmanager
+def unchanged_module_stack() -> Iterator[None]:
+    """Take from DeepSpeed ZeRO-3's stack of running modules those that the block leaves by stopping early."""
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+    depth = len(FWD_MODULE_STACK)
+    try:
+        yield
+    finally:
+        del FWD_MODULE_STACK[depth:]
 
 
 def keep_unpacked(model: nn.Module) -> None:

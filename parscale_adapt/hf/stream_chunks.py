@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..core.layout import UniformLayout
+from .engines import FrozenAliases, is_partitioned, unchanged_module_stack
 
 
 _LAYER_CHECKPOINT = "_gradient_checkpointing_func"  # which transformers gives to whatever it checkpoints
@@ -46,6 +47,8 @@ def run_in_chunks(
     Returns:
         As `run` gives it: `[P * B, T, H]`, and what else there is, laid out by row.
     """
+    if any(is_partitioned(parameter) for parameter in decoder.parameters()):
+        running_chunk = _with_shares(running_chunk)
     devices = {parameter.device for parameter in decoder.parameters()}
     on_devices = [torch.empty(0, device=device) for device in devices if device.type != "meta"]
     outputs = []
@@ -55,10 +58,25 @@ def run_in_chunks(
         if chunk.stop == num_streams or not torch.is_grad_enabled():
             outputs.append(run_chunk())
         else:
-            # The tensors say whose random states are restored. A replay that stops early would leave modules half-way,
-            # past the hooks by which engines release parameters.
-            outputs.append(checkpoint(run_chunk, *on_devices, use_reentrant=False, early_stop=False))
+            # The tensors say whose random states are restored.
+            outputs.append(checkpoint(run_chunk, *on_devices, use_reentrant=False))
     return _joined(outputs)
+
+
+def _with_shares(running_chunk: RunningChunk) -> RunningChunk:
+    """For parameters of which DeepSpeed ZeRO-3 holds a share.
+
+    It takes a parameter away in place once its module has run, so a checkpoint, which keeps frozen tensors as they are,
+    would find an empty one. That a replay stops early is needed here: the module whose backward pass asked for it goes on
+    with the parameters that were gathered for it.
+    """
+
+    @contextmanager
+    def running(chunk: slice) -> Iterator[None]:
+        with running_chunk(chunk), FrozenAliases(), unchanged_module_stack():
+            yield
+
+    return running
 
 
 def _run_chunk(

@@ -50,6 +50,16 @@ def test_the_training_benchmark_prints_a_ratio_for_frozen_and_full_training():
     assert all(float(cell) > 0 for row in rows for cell in row[2:])
 
 
+def test_the_memory_benchmark_prints_peaks_and_times_of_chunks_and_of_the_plain_backbone():
+    sizes = ("--num_streams", "4", "--batch_size", "1", "--seq_len", "64")
+    rows = table_rows(run("train_memory.py", *sizes, "--repeats", "1"))
+    kinds = ["plain backbone", "in chunks", "all at once"]
+    assert [row[:2] for row in rows] == [[training, kind] for training in ("frozen", "full") for kind in kinds]
+    for plain, chunks, together in (rows[:3], rows[3:]):
+        assert float(plain[2]) < float(chunks[2]) < float(together[2])
+        assert (plain[3], together[5]) == ("1.00", "1.00")
+
+
 def test_the_decoding_benchmark_measures_every_cache_context_and_number_of_streams(decoding):
     folder, output = decoding
     assert f"torch {torch.__version__}" in output

@@ -6,10 +6,12 @@ In float64 both ways differ by rounding alone, and whatever else differs shows.
 import pytest
 import torch
 from peft import LoraConfig
+from support.quantized import load_in_4bit
 from support.tiny_models import random_tokens, tiny_model, with_streams
 from support.trainers import trainer_of
 from torch.nn.parallel import DistributedDataParallel
 
+from parscale_adapt import final_stream_states, stream_decorrelation
 from parscale_adapt.hf import stream_chunks
 
 
@@ -178,6 +180,27 @@ def test_half_precision_replays_in_half_precision(kind):
         loss.backward()
         found.append(as_one({name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
     assert (found[1] - found[0]).norm() < 0.02 * found[0].norm()
+
+
+def test_a_4bit_backbone_has_the_same_gradients(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    tiny_model(hidden_size=64, intermediate_size=128, head_dim=16).save_pretrained(tmp_path)
+    model = with_streams(load_in_4bit(tmp_path), 3)
+    expected = as_one(results_at_once(model))
+    assert (as_one(chunked(model, 1)) - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_a_loss_that_compares_the_streams_has_the_same_gradients():
+    model = with_streams(tiny_model(), 3, train_backbone=True).double().train()
+    found = []
+    for size in (None, 1):
+        model.set_stream_chunk_size(size)
+        model.zero_grad()
+        with final_stream_states(model) as states:
+            loss = model(**whole(), use_cache=False).loss + stream_decorrelation(states[-1])
+        loss.backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    assert_same(found[1], found[0], 1e-12)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

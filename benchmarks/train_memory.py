@@ -1,0 +1,104 @@
+"""Memory and time of a training step whose streams run in chunks, beside the plain backbone on the same B rows.
+
+    python benchmarks/train_memory.py
+
+Every layer is checkpointed in all of them. The peak is that of the tensors that live at the same time in one step, above
+weights and optimizer states. The steps take turns in one process; medians of their times are printed.
+"""
+
+import argparse
+import statistics
+
+import torch
+from decode import LiveTensors
+from peft import get_peft_model
+from rich.console import Console
+from rich.table import Table
+from train_step import build_backbone, describe_machine, random_ids, seconds
+
+from parscale_adapt import ParScaleConfig
+
+
+KINDS = ("plain backbone", "in chunks", "all at once")
+
+
+class Step:
+    """A training step, with its peak of memory.
+
+    Args:
+        kind: of [`KINDS`].
+        train_backbone: whether the backbone is trained.
+        args: of the command line.
+    """
+
+    def __init__(self, kind: str, train_backbone: bool, args: argparse.Namespace):
+        model = build_backbone(args)
+        if kind != "plain backbone":
+            size = args.chunk_size if kind == "in chunks" else None
+            config = ParScaleConfig(
+                num_streams=args.num_streams, train_backbone=train_backbone, stream_chunk_size=size
+            )
+            model = get_peft_model(model, config).train()
+        elif not train_backbone:  # gradients flow back to the embeddings, as any adapter needs
+            model.requires_grad_(False)
+            model.lm_head.register_parameter("probe", torch.nn.Parameter(torch.zeros(1, device=args.device)))
+        if not train_backbone:
+            model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.model, self.input_ids = model, random_ids(args, args.batch_size)
+        self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
+        self()  # makes the optimizer's states
+
+    def __call__(self) -> None:
+        self.model(input_ids=self.input_ids, labels=self.input_ids, use_cache=False).loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def peak_mib(self) -> float:
+        """Of one step, above weights and optimizer states."""
+        tensors = LiveTensors(self.model)
+        for state in self.optimizer.state.values():
+            for value in state.values():
+                tensors.count(value)
+        before = tensors.peak = tensors.live
+        with tensors:
+            self()
+        return (tensors.peak - before) / 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num_streams", type=int, default=8)
+    parser.add_argument("--chunk_size", type=int, default=1)
+    parser.add_argument("--batch_size", type=int, default=2)
+    parser.add_argument("--seq_len", type=int, default=1024)
+    parser.add_argument("--hidden_size", type=int, default=512)
+    parser.add_argument("--num_layers", type=int, default=8)
+    parser.add_argument("--vocab_size", type=int, default=16384)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    args = parser.parse_args()
+
+    table = Table(
+        "training", "step", "peak (MiB)", "of plain", "time (s)", "of all at once", title=describe_machine(args)
+    )
+    for train_backbone in (False, True):
+        steps = {kind: Step(kind, train_backbone, args) for kind in KINDS}
+        peaks = {kind: step.peak_mib() for kind, step in steps.items()}
+        rounds = [[seconds(step, args.device) for step in steps.values()] for _ in range(args.repeats)]
+        times = {kind: statistics.median(column) for kind, column in zip(steps, zip(*rounds))}
+        for kind in steps:
+            table.add_row(
+                "full" if train_backbone else "frozen",
+                kind,
+                f"{peaks[kind]:.0f}",
+                f"{peaks[kind] / peaks['plain backbone']:.2f}",
+                f"{times[kind]:.2f}",
+                f"{times[kind] / times['all at once']:.2f}",
+            )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
