@@ -33,7 +33,7 @@ test-lowest:
 # PEFT and TRL are newer than pyproject.toml allows, which is the point.
 test-newest:
 	$(PYTHON) -m venv .venv-newest
-	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[deepspeed,quantization,serving,evaluation,dev]'
+	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[deepspeed,quantization,serving,evaluation,evidence,dev]'
 	.venv-newest/bin/python -m pip install --quiet --upgrade transformers peft trl
 	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n 2 --dist loadgroup
 
@@ -61,7 +61,7 @@ $(BASE): pyproject.toml constraints.txt
 	touch $@
 
 $(INSTALLED): $(BASE)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[deepspeed,quantization,serving,evaluation,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[deepspeed,quantization,serving,evaluation,evidence,dev]'
 	touch $@
 
 clean:

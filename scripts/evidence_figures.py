@@ -42,7 +42,6 @@ class Results:
 
     def __init__(self, rows: Sequence[dict[str, str]]):
         self.rows = [row for row in rows if row["stage"] == "main" and row["status"] == FINISHED]
-        self.failed = [row for row in rows if row["status"] != FINISHED]
         self.sweeps = [row for row in rows if row["stage"] == "sweep"]
 
     def of(self, name: str) -> list[dict[str, str]]:
@@ -56,6 +55,23 @@ class Results:
     def mean(self, name: str, column: str = "heldout_loss") -> float:
         """Mean of a column over the seeds."""
         return statistics.mean(float(row[column]) for row in self.of(name))
+
+    def sweep_losses(self) -> dict[str, dict[float, float]]:
+        """Loss on the tuning documents by family and rate; infinite where a run diverged."""
+        families: dict[str, dict[float, float]] = {}
+        for row in self.sweeps:
+            _, family, rate = row["name"].split("/")
+            families.setdefault(family, {})[float(rate)] = float(row["tuning_loss"] or "inf")
+        return {family: dict(sorted(points.items())) for family, points in families.items()}
+
+    def best_of_sweep(self, family: str) -> float:
+        """Lowest loss of a family on the tuning documents."""
+        return min(self.sweep_losses()[family].values())
+
+    def start_of(self, family: str) -> float:
+        """Loss of a family on the tuning documents before the first step."""
+        rows = [row for row in self.sweeps if row["name"].split("/")[1] == family and row["tuning_loss_before"]]
+        return float(rows[0]["tuning_loss_before"])
 
     def spread(self, name: str) -> tuple[float, float]:
         """Lowest and highest held-out loss over the seeds."""

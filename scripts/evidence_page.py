@@ -1,31 +1,28 @@
-"""Write docs/evidence.md and its pictures from the CSV files in docs/evidence.
+"""Write docs/evidence.md and its pictures from docs/evidence/smollm2.csv.
 
     python scripts/evidence_page.py
 
-Every number on the page is computed here; tests/scripts/test_evidence_page.py checks that page and tables agree.
+Every number on the page is computed here; tests/scripts/test_evidence_page.py checks that page and table agree. Sections
+whose rows have not been run are left out, and the page says which these are.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import evidence_pictures as pictures
+import evidence_prose as prose
 from evidence_figures import ENGLISH, Results, training_arithmetic
-from evidence_plan import RANK_OF_LORA_AND_STREAMS, RANK_OF_STREAMS, STREAMS
-from evidence_prose import page_text
+from evidence_plan import RANK_OF_LORA_AND_STREAMS, RANK_OF_STREAMS, STREAMS, SWEEP_STEPS, experiments
 from evidence_rows import read_rows
 
-from parscale_adapt.analysis.fit import Fit, fit_law
-from parscale_adapt.analysis.plots import plot_fit
-from parscale_adapt.analysis.runs import read_runs
 from parscale_adapt.files import write_text
 
 
 ROOT = Path(__file__).resolve().parents[1]
-TABLES = ROOT / "docs" / "evidence"
+TABLE = ROOT / "docs" / "evidence" / "smollm2.csv"
 PAGE = ROOT / "docs" / "evidence.md"
 IMAGES = ROOT / "docs" / "images"
 PRICED = {
@@ -35,7 +32,7 @@ PRICED = {
     "lora8+streams4": "LoRA r=8 + 4 streams",
     "lora8+streams8": "LoRA r=8 + 8 streams",
     "streams4": "4 streams",
-    "full1": "full",
+    "full1": "full training, P=1",
 }
 
 
@@ -47,7 +44,7 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def label(name: str) -> str:
     """An experiment in words."""
-    words = {"backbone": "backbone, not trained", "full1": "full training, P=1", **PRICED}
+    words = {"backbone": "backbone, not trained", **PRICED}
     for count in STREAMS:
         words[f"streams{count}"] = f"{count} streams"
         words[f"prefix_tuning{count * 48}"] = f"prefix tuning, {count * 48} tokens, P=1"
@@ -64,30 +61,29 @@ def label(name: str) -> str:
     }
     if name.startswith("streams4_start_"):
         return f"4 streams, start {name.removeprefix('streams4_start_')}"
-    return words.get(name, name)
+    return words[name]
 
 
 def matched_table(results: Results, pairs: Sequence[tuple[str, str]]) -> str:
     """Experiments beside the baseline of the same size."""
-    rows = []
-    for name, other in pairs:
-        rows.append(
-            [
-                label(name),
-                _millions(results, name),
-                f"{results.mean(name):.4f}",
-                label(other),
-                _millions(results, other),
-                f"{results.mean(other):.4f}",
-                str(results.difference(name, other)),
-            ]
-        )
+    rows = [
+        [
+            label(name),
+            _millions(results, name),
+            f"{results.mean(name):.4f}",
+            label(other),
+            _millions(results, other),
+            f"{results.mean(other):.4f}",
+            str(results.difference(name, other)),
+        ]
+        for name, other in pairs
+    ]
     header = ("", "trained", "held-out loss", "baseline", "trained", "held-out loss", "difference")
     return markdown_table(header, rows)
 
 
 def all_rows_table(results: Results) -> str:
-    """Every experiment: size, loss before and after, spread, forgetting by kind, what streams do."""
+    """Every experiment: size, start, loss, spread, forgetting by kind, and how evenly streams weigh."""
     rows = []
     for name in results.names():
         seeds = results.of(name)
@@ -104,100 +100,76 @@ def all_rows_table(results: Results) -> str:
                 entropy,
             ]
         )
-    header = ("", "trained", "seeds", "start", "held-out loss", *ENGLISH, "entropy")
-    return markdown_table(header, rows)
+    return markdown_table(("", "trained", "seeds", "start", "held-out loss", *ENGLISH, "entropy"), rows)
 
 
 def rates_table(results: Results) -> str:
     """What the sweeps measured, and the rate that was taken."""
-    families: dict[str, list[tuple[float, float]]] = {}
-    for row in results.sweeps:
-        _, family, rate = row["name"].split("/")
-        loss = float(row["tuning_loss"]) if row["tuning_loss"] else float("inf")
-        families.setdefault(family, []).append((float(rate), loss))
     rows = []
-    for family, points in families.items():
-        taken = min(points, key=lambda point: point[1])[0]
-        rows.append(
-            [family.replace("_", " "), ", ".join(f"{rate:g}: {loss:.4f}" for rate, loss in points), f"{taken:g}"]
-        )
-    return markdown_table(("", "loss on the tuning documents after 48 steps, by rate", "taken"), rows)
+    for family, points in results.sweep_losses().items():
+        taken = min(points, key=lambda rate: points[rate])
+        losses = ", ".join(f"{rate:g}: {f'{loss:.4f}' if loss < 99 else 'diverged'}" for rate, loss in points.items())
+        rows.append([family.replace("_", " "), losses, f"{taken:g}"])
+    return markdown_table(("", "loss by rate", "taken"), rows)
 
 
 def price_table(results: Results) -> str:
-    """Tokens, arithmetic, time and memory of training."""
+    """Tokens and arithmetic of training."""
+    plain = results.of("lora8")[0]
+    unit = training_arithmetic(plain, int(plain["tokens"]))
     rows = []
-    plain = training_arithmetic(results.of("lora8")[0], int(results.of("lora8")[0]["tokens"]))
     for name in PRICED:
         row = results.of(name)[0]
-        arithmetic = training_arithmetic(row, int(row["tokens"]))
-        rows.append([label(name), f"{int(row['tokens']):,}", f"{arithmetic / plain:.1f}", f"{results.mean(name):.4f}"])
-    return markdown_table(("", "tokens", "arithmetic of training (LoRA r=8 = 1)", "held-out loss"), rows)
-
-
-def decode_table(file: Path) -> str:
-    """Milliseconds per token and ratio to P=1 by context."""
-    measured = json.loads(file.read_text(encoding="utf-8"))
-    rows = []
-    plain = {
-        step["input_len"]: step
-        for step in measured["steps"]
-        if step["num_streams"] == 1 and step["cache"] == "dynamic"
-    }
-    for step in measured["steps"]:
-        if step["cache"] == "dynamic":
-            ratio = step["ms_per_token"] / plain[step["input_len"]]["ms_per_token"]
-            rows.append(
-                [str(step["num_streams"]), str(step["input_len"]), f"{step['ms_per_token']:.1f}", f"{ratio:.2f}"]
-            )
-    return markdown_table(("P", "context", "ms per token", "ratio to P=1"), rows)
-
-
-def law_table(fits: Sequence[Fit]) -> str:
-    """Parameters with intervals."""
-    rows = []
-    for fit in fits:
-        for name, value in fit.law.as_dict().items():
-            if isinstance(value, float):
-                interval = fit.intervals.get(name)
-                rows.append(
-                    [
-                        f"{fit.law.form}: {name}",
-                        f"{value:.4g}",
-                        "{:.4g} to {:.4g}".format(*interval) if interval else "-",
-                        f"{fit.r2:.4f}",
-                    ]
-                )
-    return markdown_table(("", "value", "95% interval", "R²"), rows)
+        share = training_arithmetic(row, int(row["tokens"])) / unit
+        rows.append([label(name), f"{int(row['tokens']):,}", f"{share:.1f}", f"{results.mean(name):.4f}"])
+    return markdown_table(("", "tokens", "arithmetic (LoRA r=8 = 1)", "held-out loss"), rows)
 
 
 def _millions(results: Results, name: str) -> str:
     return f"{results.mean(name, 'trained_params') / 1e6:.2f}M"
 
 
-def write_pictures(results: Results, law: Fit, folder: Path) -> None:
-    """The page's four pictures."""
-    folder.mkdir(parents=True, exist_ok=True)
+def page_text(rows: list[dict[str, str]]) -> str:
+    """The page in Markdown, from the rows of the table."""
+    results = Results(rows)
+    planned = list(dict.fromkeys(run.name for run, _ in experiments(rows, num_seeds=1)))
+    beside = [(f"lora8+streams{count}", f"lora{RANK_OF_LORA_AND_STREAMS[count]}") for count in STREAMS]
+    alone = [(f"streams{count}", f"lora{RANK_OF_STREAMS[count]}") for count in STREAMS]
+    alone += [(f"streams{count}", f"prefix_tuning{count * 48}") for count in STREAMS]
+    parts = [prose.TITLE, prose.answer_so_far(results)]
+    parts += _section(results, prose.BESIDE_LORA, beside)
+    parts += _section(results, prose.ALONE, alone)
+    parts += [prose.RATES.format(steps=SWEEP_STEPS), rates_table(results)]
+    if set(PRICED) <= set(results.names()):
+        parts += [prose.PRICE, price_table(results)]
+    if len(results.names()) > 1:
+        parts += [prose.ALL_ROWS, all_rows_table(results)]
+    parts += [prose.setup(results), prose.not_run(results, planned)]
+    return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
+
+
+def _section(results: Results, text: str, pairs: list[tuple[str, str]]) -> list[str]:
+    there = [pair for pair in pairs if all(results.of(name) for name in pair)]
+    return [text, matched_table(results, there)] if there else []
+
+
+def write_pictures(results: Results, folder: Path) -> None:
+    """The page's pictures, once all rows are there."""
     pictures.save(pictures.loss_by_streams(results), folder / "evidence_loss_by_streams.png")
     shown = {name: label(name) for name in results.names() if name != "backbone"}
     pictures.save(pictures.gain_and_forgetting(results, shown), folder / "evidence_forgetting.png")
     pictures.save(pictures.loss_by_price(results, PRICED), folder / "evidence_price.png")
-    pictures.save(plot_fit(law, "tiny models on Python source"), folder / "evidence_law.png")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
-    results, fits = read_all()
-    write_text(PAGE, page_text(results, fits))
-    write_pictures(results, fits[0], IMAGES)
-    print(f"{PAGE} and four pictures are written")
-
-
-def read_all() -> tuple[Results, list[Fit]]:
-    """The rows of the committed tables, and both forms of the law fitted to the lab's."""
-    runs = read_runs(TABLES / "law_lab.csv")
-    return Results(read_rows(TABLES / "smollm2.csv")), [fit_law(runs, form) for form in ("log", "diversity")]
+    rows = read_rows(TABLE)
+    write_text(PAGE, page_text(rows))
+    results = Results(rows)
+    if all(results.of(name) for names in pictures.SERIES.values() for name in names.values()):
+        write_pictures(results, IMAGES)
+    print(f"{PAGE} is written")
 
 
 if __name__ == "__main__":

