@@ -79,18 +79,16 @@ def test_the_loss_before_the_first_step_is_that_of_the_backbone(model_type, capl
 
 @pytest.mark.parametrize("model_type", ["qwen2", "gemma3_text", "gpt2"])
 def test_streams_differ_in_their_first_gradients(model_type):
-    model = with_streams(
-        backbone_like_a_trained_one(model_type), 3, num_prefix_tokens=N, init_weights="near_identity"
-    ).train()
+    fields = {"num_prefix_tokens": N, "init_weights": "near_identity", "aggregator": "mean"}  # weights streams alike
+    model = with_streams(backbone_like_a_trained_one(model_type), 3, **fields)
     rows = random_tokens(2, 12)
     model(input_ids=rows, labels=rows).loss.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if "parscale_prefix" in name}
+    gradients = [p.grad.flatten(1) for name, p in model.named_parameters() if "parscale_prefix" in name]
     assert len(gradients) == 4
-    for gradient in gradients.values():
-        size = gradient.flatten(1).norm(dim=1)
-        assert (size > 0).all()
-        distance = torch.cdist(gradient.flatten(1), gradient.flatten(1)) + torch.eye(3) * size.max()
-        assert distance.min() > 1e-2 * size.max()
+    for gradient in gradients:
+        assert (gradient.norm(dim=1) > 0).all()
+        cosines = torch.nn.functional.cosine_similarity(gradient, gradient.roll(1, 0))
+        assert cosines.max() < 0.999
 
 
 def test_a_difference_that_is_too_large_is_said(caplog):
@@ -99,7 +97,7 @@ def test_a_difference_that_is_too_large_is_said(caplog):
     assert abs(measured.difference) > near_identity.TOLERANCE
     assert [record.levelname for record in caplog.records if record.name == LOGGER] == ["WARNING"]
     assert f"{measured.difference:+.4f} nats" in caplog.text
-    assert "`init_weights='tokens'` is the alternative" in caplog.text
+    assert "or start with `init_weights='tokens'`" in caplog.text
 
 
 def test_queries_far_behind_the_prefix_turn_away_from_it_too():
