@@ -34,6 +34,7 @@ class _DecoderStreams:
 
     cache_owner = CacheOwner("qwen2_parscale", "of the checkpoint")
     masks_per_row = False
+    chunk_size = None  # a checkpoint runs all streams at once
 
     def __init__(self, decoder: "Qwen2ParScaleModel"):
         config = decoder.config
@@ -60,8 +61,10 @@ class Qwen2ParScaleAttention(Qwen2Attention):
         self.prefix_k = nn.Parameter(torch.empty(shape))
         self.prefix_v = nn.Parameter(torch.empty(shape))
 
-    def parscale(self, adapter: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prefix keys and values; see [`parscale_adapt.hf.attention`]."""
+    def parscale(
+        self, adapter: str, dtype: torch.dtype, chunk: slice | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prefix keys and values of all streams, which run at once; see [`parscale_adapt.hf.attention`]."""
         return self.prefix_k.to(dtype), self.prefix_v.to(dtype)
 
 

@@ -167,7 +167,7 @@ def test_a_fault_is_found_in_the_tensors_and_in_the_logits_of_every_prompt(expor
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
-        ("return self.prefix_k(dtype), self.prefix_v(dtype)", "return self.prefix_k(dtype) * 0, self.prefix_v(dtype)"),
+        ("return self.prefix_k(dtype, chunk), self", "return self.prefix_k(dtype, chunk) * 0, self"),
         ("return self.aggregator(hidden_states)", "return self.aggregator(hidden_states.roll(1, 0))"),
     ],
     ids=["prefix keys", "order of streams"],
