@@ -43,7 +43,7 @@ BACKBONES = {
 def backbone_like_a_trained_one(model_type: str = "qwen2", **changes):
     implementation = "eager" if model_type in ("gpt_oss", "gemma2") else "sdpa"
     model = tiny_model(model_type, implementation, **{**BACKBONES[model_type], **changes})
-    strength = 3 if model_type in ("gpt_oss", "qwen3_5_text") else 2
+    strength = 4 if model_type in ("gpt_oss", "qwen3_5_text") else 2
     torch.manual_seed(3)
     embeddings = model.get_input_embeddings().weight.data
     embeddings += strength * embeddings.std() * torch.randn(embeddings.shape[1])
