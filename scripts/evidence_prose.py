@@ -30,7 +30,8 @@ on these documents.
    trains best. From N(0, 0.02), the paper's start, the loss begins at {results.start_of("streams_normal"):.3f} and gets
    to {results.best_of_sweep("streams_normal"):.3f}: too few steps to recover.
 4. The near-identity start begins where the backbone is ({results.start_of("streams_near_identity"):.3f}), and at these
-   rates hardly learns ({near:.3f}): it isn't the default.
+   rates hardly learns ({near:.3f}), since a prefix that changes little has small gradients: it isn't the default. (These
+   rows are of its first version, which was fitted to half as much text.)
 5. Streams that differ by prefix and LoRA together end at {results.best_of_sweep("stream_both"):.3f}, by LoRA alone at
    {results.best_of_sweep("stream_lora"):.3f}.
 """
