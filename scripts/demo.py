@@ -105,9 +105,8 @@ def plot_curves(before: float, runs: dict[str, list[dict]], path: Path) -> None:
         tokens = [entry["num_input_tokens_seen"] / 1e6 for entry in points]
         losses = [entry["eval_loss"] for entry in points]
         axes.plot(tokens, losses, color=color, marker="o", markersize=3)
-        axes.annotate(
-            f" {label}: {losses[-1]:.3f}", (tokens[-1], losses[-1]), color=color, va="center", fontsize="small"
-        )
+        final = metrics[0]["heldout_loss"]  # over all tokens, as in the table; the points are means over batches
+        axes.annotate(f" {label}: {final:.3f}", (tokens[-1], losses[-1]), color=color, va="center", fontsize="small")
     axes.set_xlabel("tokens of stage 2 (millions)")
     axes.set_ylabel("held-out loss (nats per token)")
     axes.margins(x=0.02)

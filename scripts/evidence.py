@@ -181,6 +181,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda was given, but torch sees no GPU here: leave it out.")
     end = time.monotonic() + arguments.deadline
     model = arguments.model or smollm2_folder()
     place = Place(arguments.device, model, arguments.folder / "corpus.safetensors", arguments.folder / "state")

@@ -238,6 +238,8 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, default=ROOT / "docs" / "evidence" / "law_lab.csv")
     parser.add_argument("--text", type=Path, default=ROOT / "runs" / "evidence" / "law_lab.safetensors")
     arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda was given, but torch sees no GPU here: leave it out.")
     text = load_text(arguments.text)
     rows = read_table(arguments.csv, shared_columns(text.fingerprint, torch.device(arguments.device)))
     there = {(row["size"], int(row["num_streams"])) for row in rows}

@@ -103,6 +103,17 @@ def test_each_part_is_trained_at_its_own_rate(scripts, corpus, name):
     assert rates == set(experiment.rates.given().values())
 
 
+def test_gradients_are_clipped(scripts, corpus, monkeypatch):
+    """What AdamW keeps of the first gradient is a tenth of it."""
+    import evidence_training
+
+    monkeypatch.setattr(evidence_training, "MAX_GRADIENT_NORM", 1e-3)
+    run = run_of(corpus, EXPERIMENTS["lora"])
+    run._step(0)
+    moments = [run.optimizer.state[parameter]["exp_avg"] for parameter in run.trained]
+    assert torch.stack([moment.norm() for moment in moments]).norm().item() == pytest.approx(1e-4, rel=1e-2)
+
+
 def test_the_diversity_term_is_trained(scripts, corpus):
     ids = corpus.train[: 2 * LENGTH].view(2, LENGTH)
     plain, diverse = (run_of(corpus, EXPERIMENTS[name]) for name in ("streams", "diverse"))
@@ -169,6 +180,13 @@ def row_of(scripts, corpus, experiment):
     worker.corpus = corpus
     worker.backbone = tiny_model("llama")
     return worker.run(experiment, 0)
+
+
+def test_a_gpu_that_is_not_there_is_told(scripts, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["evidence.py", "--device", "cuda"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="no GPU"):
+        scripts.main()
 
 
 def test_tables_are_never_mixed(scripts, tmp_path):

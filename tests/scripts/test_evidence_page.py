@@ -70,6 +70,20 @@ def test_a_difference_is_paired_by_document(page, finished):
     assert same.low < 0 < same.high
 
 
+def test_an_interval_is_that_of_documents_too(page, finished):
+    """With one seed there is nothing else to draw."""
+    results = page.Results([row for row in finished if row["seed"] == "0"])
+    difference = results.difference("streams4", "lora23")
+    assert difference.low < difference.mean < difference.high
+
+
+def test_what_is_forgotten_is_what_the_loss_rose_by(page, finished):
+    rows = [{**row, "loss_chat": "2.3", "loss_gsm8k": "1.9"} if row["name"] == "lora12" else row for row in finished]
+    results = page.Results(rows)
+    assert results.forgetting("lora12", "chat") == pytest.approx(0.3)
+    assert results.forgetting("lora12") == pytest.approx((0.3 - 0.1) / 3)
+
+
 def test_a_finished_table_has_every_section(page, finished):
     text = page.page_text(finished)
     for heading in ("on top of a LoRA", "Streams alone", "Which learning rate", "Price", "Every row"):
