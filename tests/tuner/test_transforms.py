@@ -7,6 +7,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from support.descent import descend, stirred
+from support.names_in_files import IN_FILE
 from support.oracle import logits_by_hand
 from support.outputs import close, logits
 from support.tiny_models import ARCHITECTURES, random_tokens, tiny_config, tiny_model, with_streams
@@ -211,18 +212,6 @@ def test_gradient_checkpointing_changes_no_loss_and_no_gradient(transform, aggre
         assert loss == pytest.approx(expected_loss, abs=1e-5)
         for name, gradient in expected_gradients.items():
             torch.testing.assert_close(gradients[name], gradient, atol=1e-5, rtol=1e-5, msg=name)
-
-
-LINEARS = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
-LINEARS += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
-IN_FILE = {
-    "prefix": {f"layers.{n}.self_attn.parscale_prefix_{kind}" for n in range(2) for kind in "kv"},
-    "lora": {f"layers.{n}.{linear}.parscale_lora_{kind}" for n in range(2) for linear in LINEARS for kind in "AB"},
-    "bitfit": {f"layers.{n}.{linear}.parscale_bias" for n in range(2) for linear in LINEARS},
-    "dynamic": {f"parscale_aggregator.{n}.{kind}" for n in (0, 2) for kind in ("weight", "bias")},
-    "static": {"parscale_aggregator.weight_logits"},
-    "mean": set(),
-}
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])

@@ -7,6 +7,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from support.descent import descend, stirred
+from support.names_in_files import IN_FILE
 from support.oracle import edit_weights, file_tensors, logits_by_hand, mix_by_hand
 from support.outputs import close, logits
 from support.tiny_models import ARCHITECTURES, VOCABULARY, random_tokens, tiny_model
@@ -96,22 +97,12 @@ def test_each_part_counts(names):
     assert torch.equal(logits(model), expected)
 
 
-LINEARS = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
-LINEARS += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
-IN_FILE = {
-    "prefix": {f"layers.{n}.self_attn.parscale_prefix_{kind}" for n in range(2) for kind in "kv"},
-    "lora": {f"layers.{n}.{linear}.parscale_lora_{kind}" for n in range(2) for linear in LINEARS for kind in "AB"},
-    "bitfit": {f"layers.{n}.{linear}.parscale_bias" for n in range(2) for linear in LINEARS},
-}
-AGGREGATOR = {f"parscale_aggregator.{n}.{kind}" for n in (0, 2) for kind in ("weight", "bias")}
-
-
 @each_together
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_a_file_holds_the_tensors_of_all_and_gives_the_same_logits_again(tmp_path, names, low_cpu_mem_usage):
     model = trained(names)
     model.save_pretrained(tmp_path)
-    expected = AGGREGATOR.union(*(IN_FILE[name] for name in names))
+    expected = IN_FILE["dynamic"].union(*(IN_FILE[name] for name in names))
     found = load_file(tmp_path / "adapter_model.safetensors")
     assert set(found) == {f"base_model.model.model.{name}" for name in expected}
     assert json.loads((tmp_path / "adapter_config.json").read_text())["stream_transform"] == names
