@@ -1,7 +1,9 @@
 """Start the recipes in processes of their own, on a tiny backbone and small local files, and read what they left."""
 
+import contextlib
 import json
 import os
+import random
 import select
 import signal
 import socket
@@ -26,6 +28,7 @@ REPOSITORY = Path(__file__).parents[2]
 RECORDER = REPOSITORY / "tests" / "support" / "recipe_recorder.py"
 SECONDS_PER_RUN = 120
 SECONDS_PER_LAUNCH = 400
+PORTS_PER_LAUNCH = 64  # each of its runs has one of its own
 PROBE = torch.arange(3, 27).unsqueeze(0)
 _VOCABULARY = 320
 
@@ -270,10 +273,15 @@ def launch_all(
     config: str, folder: Path, runs: dict[str, tuple[Run, Path]], seconds: int = SECONDS_PER_LAUNCH
 ) -> dict[str, list[Result]]:
     """`accelerate launch` all runs with one of `accelerate_configs/`, on two processes on the CPU; results by rank."""
+    assert len(runs) < PORTS_PER_LAUNCH
     folder.mkdir(parents=True, exist_ok=True)
     todo = folder / "runs.json"
     todo.write_text(json.dumps([asdict(run) for run, _ in runs.values()]))
-    output = launch(config, folder, str(RECORDER), [str(todo)], seconds)
+    try:
+        output = launch(config, folder, str(RECORDER), [str(todo)], seconds)
+    except TimeoutError as error:
+        ended = [name for name, (run, _) in runs.items() if len(list(Path(run.record).glob("exit.*"))) == 2]
+        raise TimeoutError(f"Runs that ended: {', '.join(ended)}. {error}") from error
     results = {}
     for name, (run, output_dir) in runs.items():
         codes = [Path(run.record, f"exit.{rank}") for rank in range(2)]
@@ -299,6 +307,8 @@ def launch(config: str, folder: Path, script: str, arguments: Sequence[str], sec
         )
         try:
             process.wait(seconds)
+        except subprocess.TimeoutExpired as error:
+            raise TimeoutError(f"accelerate launch ran longer than {seconds} s:\n{log.read_text()[-4000:]}") from error
         finally:
             end_group(process)
     output = log.read_text()
@@ -320,10 +330,20 @@ def environment() -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A port with some free ones behind it, most likely."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return min(probe.getsockname()[1], 65000)
+    """A port with `PORTS_PER_LAUNCH` - 1 more behind it that nobody listens on.
+
+    They lie below those that a kernel gives to outgoing connections, so that none of them is taken before it is used:
+    a rank that can't open its port ends, and the other would wait for it.
+    """
+    while True:
+        first = random.SystemRandom().randrange(10_000, 32_000)  # not the tests' own, equal in all of their processes
+        try:
+            with contextlib.ExitStack() as probes:
+                for port in range(first, first + PORTS_PER_LAUNCH):
+                    probes.enter_context(socket.socket()).bind(("127.0.0.1", port))
+        except OSError:
+            continue
+        return first
 
 
 def end_group(process: subprocess.Popen) -> None:
