@@ -2,11 +2,12 @@
 
     python scripts/evidence.py                                  # on the CPU, one run after another, resumable
     python scripts/evidence.py --deadline 3300                  # start no run after 55 minutes
-    python scripts/evidence.py --device cuda --processes 10     # all of it on one GPU
+    python scripts/evidence.py --device cuda                    # all of it on one GPU
     python scripts/evidence.py --only lora8+streams4 --seed 0   # one row
 
-First come short sweeps of the learning rate, then the runs themselves; each is one row of the CSV (docs/evidence.md
-says what the rows show). Finished rows are skipped. A killed run goes on where its state was kept last.
+First come short sweeps of the learning rate, each one row of docs/evidence/sweeps.csv, then the runs themselves, each
+one row of docs/evidence/runs.csv (docs/evidence.md says what they show). Finished rows are skipped. A killed run goes on
+where its state was kept last.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ import resource
 import sys
 import time
 import traceback
+from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 
 import torch
 from evidence_corpus import Corpus, load_corpus
 from evidence_methods import Experiment
-from evidence_plan import experiments, sweeps
+from evidence_plan import experiments, finished_sweeps, sweep_plan
 from evidence_rows import DIVERGED, FINISHED, SKIPPED, Table, shared_columns
 from evidence_training import TOKENS_PER_STEP, DivergedError, Run
 from smollm2 import smollm2_folder
@@ -93,7 +95,7 @@ class _Worker:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         run = Run(experiment, seed, copy.deepcopy(cls.backbone), cls.corpus, state)
-        before = run.loss_on("tuning")
+        before = run.tuning_loss()
         run.train()
         figures = run.measure()
         after = figures["tuning_loss"]
@@ -146,7 +148,9 @@ def _peak_of_process() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
 
 
-def run_all(todo: list[tuple[Experiment, int]], table: Table, pool: ProcessPoolExecutor, end: float) -> None:
+def run_all(
+    todo: list[tuple[Experiment, int]], table: Table, pool: ProcessPoolExecutor, end: float
+) -> list[dict[str, str]]:
     """Run what the table lacks, in order; rows are written as they finish. Nothing starts after `end`."""
     waiting = [(run, seed) for run, seed in todo if not table.has(run.name, seed)]
     print(f"{len(todo) - len(waiting)} of {len(todo)} rows are there, {len(waiting)} to run", flush=True)
@@ -163,13 +167,15 @@ def run_all(todo: list[tuple[Experiment, int]], table: Table, pool: ProcessPoolE
             table.add(row)
             loss = f"{row['heldout_loss']:.4f}" if "heldout_loss" in row else ""
             print(f"{row['name']} seed {row['seed']}: {row['status']} {loss}", flush=True)
+    return table.rows
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--processes", type=int, default=1, help="runs at a time")
-    parser.add_argument("--csv", type=Path, default=ROOT / "docs" / "evidence" / "smollm2.csv")
+    parser.add_argument("--csv", type=Path, default=ROOT / "docs" / "evidence" / "runs.csv", help="table of the runs")
+    parser.add_argument("--sweeps", type=Path, default=ROOT / "docs" / "evidence" / "sweeps.csv", help="theirs")
     parser.add_argument("--model", type=Path, help="SmolLM2's folder (default: that of scripts/smollm2.py)")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "evidence", help="the corpus, and runs' states")
     parser.add_argument("--num_seeds", type=int, default=3)
@@ -186,28 +192,25 @@ def main() -> None:
     end = time.monotonic() + arguments.deadline
     model = arguments.model or smollm2_folder()
     place = Place(arguments.device, model, arguments.folder / "corpus.safetensors", arguments.folder / "state")
-    data = load_corpus(place.corpus, model).fingerprint
-    table = Table(arguments.csv, shared_columns(data, torch.device(arguments.device)))
+    shared = shared_columns(load_corpus(place.corpus, model).fingerprint, torch.device(arguments.device))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.processes, context, _Worker.start, (place,)) as pool:
-        swept = [(run, 0) for family in sweeps().values() for run in family]
-        if arguments.only is None:
-            run_all(swept, table, pool, end)
-        planned = (
-            []
-            if arguments.only and arguments.only.startswith("sweep/")
-            else experiments(table.rows, arguments.num_seeds)
-        )
-        todo = list(planned)
-        if arguments.only is not None:
-            todo = [
-                (run, seed)
-                for run, seed in [*swept, *todo]
-                if run.name == arguments.only and arguments.seed in (None, seed)
-            ]
-            if not todo:
-                raise ValueError(f"There is no experiment {arguments.only!r} with seed {arguments.seed}.")
+        if arguments.only is not None and arguments.only.startswith("sweep/"):
+            todo, table = _planned(sweep_plan(), arguments), Table(arguments.sweeps, shared)
+        else:
+            rows = finished_sweeps(arguments.sweeps, shared["data"])
+            table = Table(arguments.csv, shared)
+            if rows is None:
+                rows = run_all(sweep_plan(), Table(arguments.sweeps, shared), pool, end)
+            todo = _planned(experiments(rows, arguments.num_seeds), arguments)
         run_all(todo, table, pool, end)
+
+
+def _planned(runs: Iterable[tuple[Experiment, int]], arguments: argparse.Namespace) -> list[tuple[Experiment, int]]:
+    todo = [(run, seed) for run, seed in runs if arguments.only in (None, run.name) and arguments.seed in (None, seed)]
+    if not todo:
+        raise ValueError(f"There is no experiment {arguments.only!r} with seed {arguments.seed}.")
+    return todo
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ class Experiment:
     lora_rank: int = 0
     diversity_weight: float = 0.0
     rates: Rates = field(default_factory=Rates)
-    steps: int = 128
+    steps: int = 64
 
     @property
     def is_sweep(self) -> bool:

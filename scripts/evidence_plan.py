@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 
 from evidence_methods import BACKBONE, FULL, LORA, PARSCALE, PREFIX_TUNING, SHARED_LORA_RANK, Experiment, Rates
-from evidence_rows import best
+from evidence_rows import DIVERGED, FINISHED, best, read_rows
 
 
 SWEEP_STEPS = 48
@@ -57,6 +58,30 @@ def _sweep(family: str, experiment: Experiment, part: str, rates: tuple[float, .
         )
         for rate in rates
     ]
+
+
+def sweep_plan() -> list[tuple[Experiment, int]]:
+    """All sweeps, with their one seed."""
+    return [(run, 0) for family in sweeps().values() for run in family]
+
+
+def finished_sweeps(file: Path, data: str) -> list[dict[str, str]] | None:
+    """The rows of a table of sweeps if none is missing, of whatever machine: a rate that was best elsewhere can be taken.
+
+    Raises:
+        ValueError: they are of other data.
+    """
+    rows = read_rows(file) if file.is_file() else []
+    ended = {row["name"] for row in rows if row["status"].startswith((FINISHED, DIVERGED))}
+    if not {run.name for run, _ in sweep_plan()} <= ended:
+        return None
+    for row in rows:
+        if row["data"] != data:
+            raise ValueError(
+                f"{file} chose learning rates on data {row['data']}, and here it is {data}: run the sweeps again, into "
+                "another file, by --sweeps."
+            )
+    return rows
 
 
 class Choices:
@@ -110,19 +135,20 @@ def _claims(chosen: Choices) -> Iterator[Experiment]:
         lora_rank=SHARED_LORA_RANK,
         rates=dataclasses.replace(combined_rates, lora=lora.lora),
     )
-    # First, since it takes four times as long as others.
-    yield Experiment("lora8_4x_tokens", LORA, lora_rank=8, rates=lora, steps=4 * Experiment("", LORA).steps)
-    for count in STREAMS:
-        yield dataclasses.replace(combined, name=f"lora8+streams{count}", num_streams=count)
-        rank = RANK_OF_LORA_AND_STREAMS[count]
-        yield Experiment(f"lora{rank}", LORA, lora_rank=rank, rates=lora)
-    for count in STREAMS:
-        yield dataclasses.replace(streams, name=f"streams{count}", num_streams=count)
-        rank = RANK_OF_STREAMS[count]
-        yield Experiment(f"lora{rank}", LORA, lora_rank=rank, rates=lora)
-        tuned = Experiment("", PREFIX_TUNING, count, start="tokens", rates=chosen.rates("prefix_tuning"))
-        yield dataclasses.replace(tuned, name=f"prefix_tuning{count * 48}")
     yield Experiment("lora8", LORA, lora_rank=8, rates=lora)
+    for counts in (STREAMS[:2], STREAMS[2:]):  # P=8 takes as long as all others together
+        for count in counts:
+            yield dataclasses.replace(combined, name=f"lora8+streams{count}", num_streams=count)
+            rank = RANK_OF_LORA_AND_STREAMS[count]
+            yield Experiment(f"lora{rank}", LORA, lora_rank=rank, rates=lora)
+        for count in counts:
+            yield dataclasses.replace(streams, name=f"streams{count}", num_streams=count)
+            rank = RANK_OF_STREAMS[count]
+            yield Experiment(f"lora{rank}", LORA, lora_rank=rank, rates=lora)
+            tuned = Experiment("", PREFIX_TUNING, count, start="tokens", rates=chosen.rates("prefix_tuning"))
+            yield dataclasses.replace(tuned, name=f"prefix_tuning{count * 48}")
+        if counts == STREAMS[:2]:
+            yield Experiment("lora8_4x_tokens", LORA, lora_rank=8, rates=lora, steps=4 * Experiment("", LORA).steps)
     full = chosen.rates("full")
     yield Experiment("full1", FULL, rates=full)
     stream_rates = chosen.rates(f"streams_{chosen.start}")

@@ -26,6 +26,7 @@ TOKENS_PER_STEP = BATCH_SIZE * DOCUMENT_TOKENS
 WARMUP_SHARE = 0.1
 MAX_GRADIENT_NORM = 1.0
 NUM_CURVE_POINTS = 4  # the last is the final loss
+CURVE_DOCUMENTS = 16  # of the held-out ones
 # Above as many rows of hidden states, layers are checkpointed: their activations would not fit a few processes.
 CHECKPOINTED_ROWS = 4 * TOKENS_PER_STEP
 SECONDS_BETWEEN_STATES = 300
@@ -49,13 +50,17 @@ class Progress:
 def token_losses(model: nn.Module, rows: torch.Tensor) -> torch.Tensor:
     """Cross-entropy in nats of every next token of `[batch, tokens]` ids that end in -1; 0 where there is none.
 
-    Returns `[batch, tokens - 1]`.
+    Products in bfloat16, weights in float32, when training and when measuring. Returns `[batch, tokens - 1]`.
     """
     rows = rows.long()
     # Padding stands behind the text, where causal attention does not look.
-    logits = model(input_ids=rows.clamp(min=0)).logits[:, :-1].float()
+    with torch.autocast(rows.device.type, torch.bfloat16):
+        logits = model(input_ids=rows.clamp(min=0)).logits[:, :-1]
     targets = rows[:, 1:]
-    return nn.functional.cross_entropy(logits.transpose(1, 2), targets, ignore_index=NO_TOKEN, reduction="none")
+    losses = nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=NO_TOKEN, reduction="none"
+    )
+    return losses.view_as(targets)
 
 
 @torch.no_grad()
@@ -161,18 +166,30 @@ class Run:
             return loss + weight * stream_decorrelation(states[-1])
 
     def _measure_point(self) -> None:
-        self.progress.curve.append((self.progress.step * TOKENS_PER_STEP, self.loss_on("heldout")))
+        documents = self.corpus.heldout[:CURVE_DOCUMENTS]
+        self._add_point(document_losses(self.model, documents, self.device))
 
-    def loss_on(self, split: str) -> float:
-        """Mean loss on the corpus's `heldout` or `tuning` documents.
+    def _add_point(self, losses: list[float]) -> None:
+        """Add the loss of the curve's documents, which come first in `losses`, to the curve.
 
         Raises:
             DivergedError: it is not finite.
         """
-        documents = getattr(self.corpus, split)
-        loss = mean_loss(document_losses(self.model, documents, self.device), documents)
+        documents = self.corpus.heldout[:CURVE_DOCUMENTS]
+        loss = mean_loss(losses[: len(documents)], documents)
         if not math.isfinite(loss):
-            raise DivergedError(f"the {split} loss after step {self.progress.step} is not finite")
+            raise DivergedError(f"the held-out loss after step {self.progress.step} is not finite")
+        self.progress.curve.append((self.progress.step * TOKENS_PER_STEP, loss))
+
+    def tuning_loss(self) -> float:
+        """Mean loss on the documents that choose a rate.
+
+        Raises:
+            DivergedError: it is not finite.
+        """
+        loss = mean_loss(document_losses(self.model, self.corpus.tuning, self.device), self.corpus.tuning)
+        if not math.isfinite(loss):
+            raise DivergedError(f"the loss on the tuning documents after step {self.progress.step} is not finite")
         return loss
 
     def measure(self) -> dict[str, object]:
@@ -180,19 +197,19 @@ class Run:
         figures: dict[str, object] = {
             "num_params": self.num_params,
             "trained_params": sum(parameter.numel() for parameter in self.trained),
-            "tuning_loss": self.loss_on("tuning"),
+            "tuning_loss": self.tuning_loss(),
         }
         if self.experiment.is_sweep:
             return figures
         heldout = document_losses(self.model, self.corpus.heldout, self.device)
-        self.progress.curve.append((self.progress.step * TOKENS_PER_STEP, mean_loss(heldout, self.corpus.heldout)))
+        self._add_point(heldout)
         english = {
             f"loss_{kind}": mean_loss(document_losses(self.model, rows, self.device), rows)
             for kind, rows in sorted(self.corpus.english.items())
         }
         return {
             **figures,
-            "heldout_loss": self.progress.curve[-1][1],
+            "heldout_loss": mean_loss(heldout, self.corpus.heldout),
             "loss_per_document": json.dumps([round(loss, 5) for loss in heldout]),
             **english,
             **self._stream_figures(),
@@ -210,7 +227,8 @@ class Run:
             }
             for row in rows
         ]
-        found = diagnose(self.model, batches)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            found = diagnose(self.model, batches)
         return {
             "mean_weights": json.dumps([round(weight, 4) for weight in found.mean_weight]),
             "entropy_share": found.entropy_share,
