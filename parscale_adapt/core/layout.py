@@ -32,10 +32,13 @@ class UniformLayout:
         """`[B, ...]` to `[R, ...]`."""
         return replicate(tensor, self.num_streams)
 
+    def by_sample(self, states: torch.Tensor) -> torch.Tensor:
+        """`[R, h, ...]` to a view `[B, P, h, ...]`, which takes no copy."""
+        return states.unflatten(0, (self.num_streams, -1)).transpose(0, 1)
+
     def to_heads(self, states: torch.Tensor) -> torch.Tensor:
         """`[R, h, ...]` to `[B, P * h, ...]`: streams become heads, stream index major."""
-        by_stream = states.reshape(self.num_streams, -1, *states.shape[1:]).transpose(0, 1)
-        return by_stream.reshape(by_stream.shape[0], -1, *states.shape[2:])
+        return self.by_sample(states).flatten(1, 2)
 
     def to_rows(self, states: torch.Tensor) -> torch.Tensor:
         """`[B, P * h, ...]` to `[R, h, ...]`, the inverse of [`to_heads`]."""

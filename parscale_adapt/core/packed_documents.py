@@ -19,22 +19,30 @@ def lengths_of_documents(
         kwargs: of the attention call; lengths that it has already are kept.
 
     Returns:
-        `kwargs`, with `cu_seq_lens_q` and `cu_seq_lens_k` `[num_documents + 1]` and the longest lengths if, and only if,
-        several documents lie in one row.
+        `kwargs`, with `cu_seq_lens_q` and `cu_seq_lens_k` `[num_documents + 1]` and the longest lengths unless one
+        document takes the whole row.
     """
+    without = {name: value for name, value in kwargs.items() if name not in _LENGTHS}
     if attention_mask is not None:
-        return {name: value for name, value in kwargs.items() if name not in _LENGTHS}
+        return without
     positions = kwargs.get("position_ids")
-    if kwargs.get("cu_seq_lens_k") is not None or positions is None or key.shape[0] > 1:
-        return dict(kwargs)
-    positions = positions.flatten()
+    if kwargs.get("cu_seq_lens_k") is None:
+        if positions is None or key.shape[0] > 1 or positions.shape[-1] == 1:
+            return dict(kwargs)
+        kwargs = kwargs | lengths_of_positions(positions.flatten())
+    is_one = len(kwargs["cu_seq_lens_k"]) == 2
+    if is_one and kwargs["max_length_q"] == kwargs["max_length_k"] == key.shape[-2]:
+        return {**without, "position_ids": None}  # where transformers would look for documents again
+    return dict(kwargs)
+
+
+def lengths_of_positions(positions: torch.Tensor) -> dict[str, Any]:
+    """The lengths of documents whose positions `[T]` start again, as flash attention's arguments; waits for the device."""
     restarts = (positions[1:] <= positions[:-1]).nonzero().flatten() + 1
-    if len(restarts) == 0:
-        return dict(kwargs)
     ends = restarts.new_tensor([len(positions)])
     starts = torch.cat([restarts.new_zeros(1), restarts, ends]).to(torch.int32)
     longest = int(starts.diff().max())
-    return {**kwargs, **dict(zip(_LENGTHS, (starts, starts, longest, longest)))}
+    return dict(zip(_LENGTHS, (starts, starts, longest, longest)))
 
 
 def put_prefix_before_documents(

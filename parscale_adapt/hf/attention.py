@@ -192,12 +192,14 @@ def _as_heads(
 ) -> AttentionInputs:
     """Streams as heads: stream, key-value head, group, so that grouped queries, soft caps and windows need no change."""
     num_rows, key, value = inputs.query.shape[0], inputs.key, inputs.value
-    if key.shape[0] == num_rows:
-        key, value = layout.to_heads(key), layout.to_heads(value)
+    has_rows = key.shape[0] == num_rows
+    if has_rows:  # whose streams go among the heads in the copy that puts the prefix in front
+        key, value = layout.by_sample(key), layout.by_sample(value)
     if prefix is not None:
-        prefix = (prefix[0].flatten(0, 1)[None], prefix[1].flatten(0, 1)[None])
+        prefix = (prefix[0][None], prefix[1][None])
+        prefix = prefix if has_rows else (prefix[0].flatten(1, 2), prefix[1].flatten(1, 2))
     options = {name: _option_for_heads(name, option, num_rows, layout) for name, option in inputs.options.items()}
-    return inputs._replace(query=layout.to_heads(inputs.query), key=key, value=value, options=options, prefix=prefix)
+    return inputs._replace(query=layout.by_sample(inputs.query), key=key, value=value, options=options, prefix=prefix)
 
 
 def _option_for_heads(name: str, option: Any, num_rows: int, layout: UniformLayout) -> Any:

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from ..core.layout import StreamLayout, UniformLayout
+from ..core.packed_documents import lengths_of_positions
 from .attention import register_stream_attention
 from .cache import claim_cache, claim_pages, mark_cache, stream_view, viewed_cache
 from .config_view import STREAMS, config_view, stock_config
@@ -58,6 +59,8 @@ class StreamDoor:
             if layout.num_streams == 1:
                 return _marked(self.run_stock(arguments), streams)
             arguments = self._with_positions(arguments, tokens.shape[1])
+            if len(tokens) == 1 and cache is None:
+                arguments = self._with_lengths(arguments)
             if self._runs_in_chunks(arguments, cache, streams, layout):
                 return _mixed(self._run_in_chunks(arguments, tokens.shape[0], streams), streams, layout)
             if cache is None and self._wants_cache(arguments.get("use_cache")):
@@ -137,6 +140,18 @@ class StreamDoor:
             return arguments
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -num_tokens:]
         return {**arguments, "position_ids": positions}
+
+    def _with_lengths(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Tell flash attention the lengths of the documents packed in one row, for which every layer would look, and wait
+        for the device, by itself."""
+        positions, takes = arguments.get("position_ids"), self.__signature__.parameters.values()
+        if not stock_config(self.decoder.config)._attn_implementation.startswith("flash"):
+            return arguments
+        if positions is None or positions.dim() != 2 or arguments.get("attention_mask") is not None:
+            return arguments
+        if arguments.get("cu_seq_lens_k") is not None or all(item.kind is not item.VAR_KEYWORD for item in takes):
+            return arguments
+        return {**arguments, **lengths_of_positions(positions[0])}
 
 
 def attach_streams(decoder: PreTrainedModel, attention_modules: Iterable[nn.Module]) -> None:

@@ -25,11 +25,12 @@ class AttentionInputs(NamedTuple):
     Args:
         stock: transformers' function of the implementation.
         module: the attention module, as `stock` should see it.
-        query: `[N, heads, T, key_size]`.
-        key, value: `[N, key_value_heads, S, key_size or value_size]`.
+        query: `[N, heads, T, key_size]`, or a view `[B, P, heads, T, key_size]` that is laid out with the next copy.
+        key, value: `[N, key_value_heads, S, key_size or value_size]`, or such views.
         mask: as the mask function of the implementation made it.
         options: further keyword arguments.
-        prefix: keys and values `[N or 1, key_value_heads, n, key_size or value_size]`, visible to every query.
+        prefix: keys and values `[N or 1, key_value_heads, n, key_size or value_size]`, visible to every query; with as
+            many dimensions as `key`.
     """
 
     stock: Callable
@@ -44,45 +45,46 @@ class AttentionInputs(NamedTuple):
 
 def call_stock(inputs: AttentionInputs) -> AttentionOutput:
     """The stock function, without a prefix or with one that is among the keys already."""
-    return inputs.stock(inputs.module, inputs.query, inputs.key, inputs.value, inputs.mask, **inputs.options)
+    query, key, value = map(_among_heads, (inputs.query, inputs.key, inputs.value))
+    return inputs.stock(inputs.module, query, key, value, inputs.mask, **inputs.options)
+
+
+def _among_heads(states: torch.Tensor) -> torch.Tensor:
+    """Streams `[B, P, heads, ...]` among the heads: a copy, unless a copy was made since the rows were seen by sample."""
+    return states.flatten(1, 2) if states.dim() == 5 else states
 
 
 def _prefix_of_every_sample(inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
     assert inputs.prefix is not None
     key, value = inputs.prefix
-    return key.expand(inputs.key.shape[0], -1, -1, -1), value.expand(inputs.value.shape[0], -1, -1, -1)
+    return key.expand(len(inputs.key), *key.shape[1:]), value.expand(len(inputs.value), *value.shape[1:])
+
+
+def _behind_prefix(inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values with the prefix in front, each in one copy."""
+    prefix_key, prefix_value = _prefix_of_every_sample(inputs)
+    return torch.cat([prefix_key, inputs.key], dim=-2), torch.cat([prefix_value, inputs.value], dim=-2)
 
 
 def attend_by_concatenation(inputs: AttentionInputs) -> AttentionOutput:
     """The prefix in front of keys and values; masks and position biases get `n` columns that show it."""
-    prefix_key, prefix_value = _prefix_of_every_sample(inputs)
-    num_prefix_tokens, options, mask = prefix_key.shape[-2], inputs.options, inputs.mask
+    key, value = _behind_prefix(inputs)
+    num_prefix_tokens, options, mask = key.shape[-2] - inputs.key.shape[-2], inputs.options, inputs.mask
     if options.get("position_bias") is not None:
         options = {**options, "position_bias": F.pad(options["position_bias"], (num_prefix_tokens, 0))}
     if isinstance(mask, torch.Tensor):
         mask = F.pad(mask, (num_prefix_tokens, 0), value=0.0 if mask.dtype.is_floating_point else 1)
-    return call_stock(
-        inputs._replace(
-            key=torch.cat([prefix_key, inputs.key], dim=-2),
-            value=torch.cat([prefix_value, inputs.value], dim=-2),
-            mask=mask,
-            options=options,
-        )
-    )
+    return call_stock(inputs._replace(key=key, value=value, mask=mask, options=options))
 
 
 def attend_by_sdpa(inputs: AttentionInputs) -> AttentionOutput:
     """A few queries over a cache join scores, so that no key is copied; many without a mask keep the causal flag."""
     num_queries = inputs.query.shape[-2]
     if _can_join(inputs):
-        return attend_over_prefix_and_cache(
-            inputs.query,
-            inputs.key,
-            inputs.value,
-            _prefix_of_every_sample(inputs),
-            inputs.mask,
-            inputs.options.get("scaling"),
-        ), None
+        query, key, value = map(_among_heads, (inputs.query, inputs.key, inputs.value))
+        prefix_key, prefix_value = map(_among_heads, _prefix_of_every_sample(inputs))
+        scaling = inputs.options.get("scaling")
+        return attend_over_prefix_and_cache(query, key, value, (prefix_key, prefix_value), inputs.mask, scaling), None
     if inputs.mask is None and num_queries > 1:
         return _attend_causally(inputs)
     return attend_by_concatenation(inputs)
@@ -101,18 +103,13 @@ def _can_join(inputs: AttentionInputs) -> bool:
 
 def _attend_causally(inputs: AttentionInputs) -> AttentionOutput:
     """sdpa's causal flag aligns to the upper left: behind n zero queries, token t sees the prefix and 0..t."""
-    prefix_key, prefix_value = _prefix_of_every_sample(inputs)
-    num_prefix_tokens, options = prefix_key.shape[-2], inputs.options
+    key, value = _behind_prefix(inputs)
+    num_prefix_tokens, options = key.shape[-2] - inputs.key.shape[-2], inputs.options
     if options.get("position_bias") is not None:
         bias = F.pad(options["position_bias"], (num_prefix_tokens, 0, num_prefix_tokens, 0))
         options = {**options, "position_bias": bias}
     output, weights = call_stock(
-        inputs._replace(
-            query=F.pad(inputs.query, (0, 0, num_prefix_tokens, 0)),
-            key=torch.cat([prefix_key, inputs.key], dim=-2),
-            value=torch.cat([prefix_value, inputs.value], dim=-2),
-            options=options,
-        )
+        inputs._replace(query=F.pad(inputs.query, (0, 0, num_prefix_tokens, 0)), key=key, value=value, options=options)
     )
     return output[:, num_prefix_tokens:], weights
 
@@ -127,8 +124,9 @@ def attend_by_flash(inputs: AttentionInputs) -> AttentionOutput:
     _refuse_window(options, inputs.key.shape[-2])
     if options.get("cu_seq_lens_k") is None:
         return attend_by_concatenation(inputs._replace(options=options))
-    prefix_key, prefix_value = _prefix_of_every_sample(inputs)
-    key, value, options = put_prefix_before_documents(inputs.key, inputs.value, prefix_key, prefix_value, options)
+    assert inputs.prefix is not None
+    states = map(_among_heads, (inputs.key, inputs.value, *inputs.prefix))
+    key, value, options = put_prefix_before_documents(*states, options)
     return call_stock(inputs._replace(key=key, value=value, mask=None, options=options))
 
 

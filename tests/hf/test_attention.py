@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.tiny_models import random_tokens, tiny_model, with_streams
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
@@ -197,6 +198,34 @@ def test_observers_see_keys_before_the_prefix_and_only_inside_their_block():
     assert all(call.mask is made[0] for call in seen)
     assert torch.equal(model(random_tokens()).logits, expected)
     assert len(seen) == 2
+
+
+class Copies(TorchDispatchMode):
+    """Names the operations that copy tensors, in their order."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("cat", "clone", "constant_pad_nd", "copy_", "_to_copy"):
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_streams_go_among_heads_in_the_copy_that_takes_in_the_prefix(monkeypatch):
+    def stock(module, query, key, value, mask, **options):
+        assert (query.shape[1], key.shape[1], value.shape[1]) == (P * HEADS * GROUPS, P * HEADS, P * HEADS)
+        seen.extend(copies.names)
+        return torch.zeros(B, query.shape[2], query.shape[1], VALUE_SIZE), None
+
+    seen, module, states = [], attention_module(), random_states(5)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", stock)
+    with Copies() as copies:
+        attend("sdpa", module, *states)
+    assert seen == ["_to_copy", "_to_copy", "cat", "cat", "constant_pad_nd"]  # of two prefixes, keys, values, queries
+    assert copies.names[len(seen) :] == ["clone"]  # the output by row
 
 
 @pytest.mark.parametrize("length", [1, 5])

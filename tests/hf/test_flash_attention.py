@@ -8,6 +8,7 @@ from support.oracle import logits_by_hand
 from support.outputs import GREEDY, close
 from support.tiny_models import random_tokens, tiny_model, with_streams
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from parscale_adapt import ParScaleConfig
 from parscale_adapt.core.packed_documents import put_prefix_before_documents
@@ -228,6 +229,31 @@ def test_lengths_need_nothing_from_the_device():
         states, _, lengths = put_prefix_before_documents(key, key, prefix, prefix, kwargs)
     assert states.shape == (1, 2, 9 + 3 * 6, 4)
     assert lengths["max_length_k"] == 5 + 6
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, (12,)], ids=["three documents", "one document"])
+def test_documents_are_looked_for_once_in_a_call_and_not_in_every_layer(monkeypatch, lengths):
+    class Reads(TorchDispatchMode):
+        """Counts what waits for a device."""
+
+        def __init__(self):
+            super().__init__()
+            self.count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += function in (torch.ops.aten.nonzero.default, torch.ops.aten._local_scalar_dense.default)
+            return function(*args, **(kwargs or {}))
+
+    for name in ("flash_attn_func", "flash_attn_varlen_func"):
+        monkeypatch.setattr(flash_reference, name, lambda q, *states, **options: torch.zeros_like(q))
+    flash_reference.install(monkeypatch)
+    counts = []
+    for num_layers in (1, 4):
+        model = use_flash_attention(eager_streams("qwen2", num_hidden_layers=num_layers))
+        with torch.no_grad(), Reads() as reads:
+            model(**packed(lengths), use_cache=False)
+        counts.append(reads.count)
+    assert counts[0] == counts[1] > 0
 
 
 def test_documents_without_tokens_and_tokens_behind_the_last_document_are_allowed():
