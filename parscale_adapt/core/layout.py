@@ -43,8 +43,7 @@ class UniformLayout:
     def to_rows(self, states: torch.Tensor) -> torch.Tensor:
         """`[B, P * h, ...]` to `[R, h, ...]`, the inverse of [`to_heads`]."""
         num_heads = states.shape[1] // self.num_streams
-        by_sample = states.view(states.shape[0], self.num_streams, num_heads, *states.shape[2:])
-        return by_sample.transpose(0, 1).flatten(0, 1)
+        return states.unflatten(1, (self.num_streams, num_heads)).transpose(0, 1).flatten(0, 1)
 
     def output_to_rows(self, output: torch.Tensor) -> torch.Tensor:
         """`[B, T, P * h, d]`, as attention functions return it, to a contiguous `[R, T, h, d]`."""

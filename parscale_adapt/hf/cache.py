@@ -7,6 +7,7 @@ from collections.abc import Callable, Set
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
@@ -29,11 +30,17 @@ class _StreamFolding(Cache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         key_states, value_states = self.layout.to_heads(key_states), self.layout.to_heads(value_states)
-        key_states, value_states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        key_states, value_states = self._store(key_states, value_states, layer_idx, *args, **kwargs)
         if layer_idx in self.attended_layers:
             return key_states, value_states
         # The layer computes its keys and values from what it caches (latent attention, for one) and expects rows.
         return self.layout.to_rows(key_states), self.layout.to_rows(value_states)
+
+    def _store(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The cache's own `update`, of streams as heads."""
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def show_states_as_rows(self) -> None:
         """Lay the states of recurrent layers, which their layers change in place, out by row; on the way in."""
@@ -49,6 +56,46 @@ class _StreamFolding(Cache):
                 for states in (layer.conv_states, layer.recurrent_states):
                     for index, state in states.items():
                         states[index] = None if state is None else arrange(state)
+
+
+class _ChunkFolding(_StreamFolding):
+    """Mixin with which a chunk of streams reads a prompt into an empty cache; see [`chunk_view`] for its fields.
+
+    The cache is filled once, layer by layer, when the last chunk runs, so that it may be of any kind.
+    """
+
+    __slots__ = ()
+    is_last: bool
+    waiting: dict[int, list[tuple[torch.Tensor, torch.Tensor]]]
+
+    def _store(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.waiting.setdefault(layer_idx, []).append((key_states, value_states))
+        if not self.is_last:
+            # As long as masks expect them to be: a static cache has places behind the prompt.
+            num_empty = self.get_mask_sizes(key_states.shape[-2], layer_idx)[0] - key_states.shape[-2]
+            return F.pad(key_states, (0, 0, 0, num_empty)), F.pad(value_states, (0, 0, 0, num_empty))
+        num_heads = key_states.shape[1]
+        keys, values = (torch.cat(states, dim=1) for states in zip(*self.waiting.pop(layer_idx)))
+        keys, values = super()._store(keys, values, layer_idx, *args, **kwargs)
+        return keys[:, -num_heads:], values[:, -num_heads:]
+
+
+def can_be_filled_in_chunks(cache: Cache) -> bool:
+    """Whether `cache` is empty, so that a few streams at a time can fill it.
+
+    Raises:
+        ValueError: it is, and holds recurrent states.
+    """
+    if any(_is_filled(layer) for layer in cache.layers):
+        return False
+    if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers):
+        raise ValueError(
+            "A prompt can't be read by a few streams at a time into a cache with recurrent states, which layers change in "
+            "place: set `stream_chunk_size` to None."
+        )
+    return True
 
 
 def claim_cache(cache: Cache, owner: CacheOwners) -> None:
@@ -110,16 +157,17 @@ def _describe(owner: CacheOwners) -> str:
     return "the plain backbone" if owner is None else f"the adapter {owner.name!r}"
 
 
-_cache_view_classes: dict[type, type] = {}  # not `lru_cache`, of which torch.compile warns
+_cache_view_classes: dict[tuple[type, type], type] = {}  # not `lru_cache`, of which torch.compile warns
 
 
-def _cache_view_class(cache_class: type) -> type:
-    if cache_class not in _cache_view_classes:
-        namespace = {"__slots__": ("attended_layers", "layout", "viewed"), "__module__": __name__}
-        _cache_view_classes[cache_class] = type(
-            f"StreamView{cache_class.__name__}", (_StreamFolding, cache_class), namespace
+def _cache_view_class(folding: type, cache_class: type) -> type:
+    if (folding, cache_class) not in _cache_view_classes:
+        fields = ("attended_layers", "layout", "viewed", *(("is_last", "waiting") if folding is _ChunkFolding else ()))
+        namespace = {"__slots__": fields, "__module__": __name__}
+        _cache_view_classes[folding, cache_class] = type(
+            f"{folding.__name__.strip('_')}{cache_class.__name__}", (folding, cache_class), namespace
         )
-    return _cache_view_classes[cache_class]
+    return _cache_view_classes[folding, cache_class]
 
 
 def stream_view(cache: Cache, layout: StreamLayout, attended_layers: Set[int]) -> _StreamFolding:
@@ -128,8 +176,33 @@ def stream_view(cache: Cache, layout: StreamLayout, attended_layers: Set[int]) -
     `update` returns `[B, P * h, T, d]` in `attended_layers`, whose attention functions get just what it returns, and
     `[R, h, T, d]` elsewhere. `view.viewed` is `cache` itself.
     """
+    return _view(_StreamFolding, cache, layout, attended_layers)
+
+
+def chunk_view(
+    cache: Cache,
+    layout: StreamLayout,
+    attended_layers: Set[int],
+    is_last: bool,
+    waiting: dict[int, list[tuple[torch.Tensor, torch.Tensor]]],
+) -> _StreamFolding:
+    """A [`stream_view`] of an empty cache for a prompt that a chunk of streams reads.
+
+    Args:
+        cache: the cache of all streams.
+        layout: of the chunk.
+        attended_layers: as in [`stream_view`].
+        is_last: whether the chunks of all other streams have read it.
+        waiting: what they give to each layer, to share among the views of all chunks.
+    """
+    view: Any = _view(_ChunkFolding, cache, layout, attended_layers)
+    view.is_last, view.waiting = is_last, waiting
+    return view
+
+
+def _view(folding: type, cache: Cache, layout: StreamLayout, attended_layers: Set[int]) -> Any:
     cache_class: Any = type(cache)
-    view: Any = object.__new__(_cache_view_class(cache_class))
+    view: Any = object.__new__(_cache_view_class(folding, cache_class))
     view.__dict__ = cache.__dict__
     view.layout = layout
     view.attended_layers = attended_layers

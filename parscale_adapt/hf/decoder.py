@@ -16,7 +16,15 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from ..core.layout import StreamLayout, UniformLayout
 from ..core.packed_documents import lengths_of_positions
 from .attention import register_stream_attention
-from .cache import claim_cache, claim_pages, mark_cache, stream_view, viewed_cache
+from .cache import (
+    can_be_filled_in_chunks,
+    chunk_view,
+    claim_cache,
+    claim_pages,
+    mark_cache,
+    stream_view,
+    viewed_cache,
+)
 from .config_view import STREAMS, config_view, stock_config
 from .masks import register_stream_masks
 from .prefixed_attention import SUPPORTED_IMPLEMENTATIONS
@@ -61,11 +69,13 @@ class StreamDoor:
             arguments = self._with_positions(arguments, tokens.shape[1])
             if len(tokens) == 1 and cache is None:
                 arguments = self._with_lengths(arguments)
-            if self._runs_in_chunks(arguments, cache, streams, layout):
-                return _mixed(self._run_in_chunks(arguments, tokens.shape[0], streams), streams, layout)
-            if cache is None and self._wants_cache(arguments.get("use_cache")):
+            in_chunks = self._runs_in_chunks(arguments, cache, streams, layout)
+            if cache is None and self._wants_cache(arguments.get("use_cache"), in_chunks):
                 cache = DynamicCache(config=stock_config(self.decoder.config))
                 claim_cache(cache, streams.cache_owner)
+            if in_chunks and (cache is None or (tokens.shape[1] > 1 and can_be_filled_in_chunks(cache))):
+                output = self._run_in_chunks(arguments, tokens.shape[0], streams, cache_name, cache)
+                return _mixed(output, streams, layout)
             arguments = _with_rows(arguments, tokens.shape[0], layout)
             if cache is None:
                 return _mixed(self.run_stock(arguments), streams, layout)
@@ -88,7 +98,8 @@ class StreamDoor:
     def _runs_in_chunks(
         self, arguments: dict[str, Any], cache: Cache | None, streams: DecoderStreamsProtocol, layout: StreamLayout
     ) -> bool:
-        """Whether a few streams run at a time: always in training, else where no cache is to be filled.
+        """Whether a few streams run at a time: always in training, else without a cache, or without gradients, of which
+        each replay would fill it once more.
 
         Raises:
             ValueError: in training, a cache is asked for.
@@ -98,8 +109,11 @@ class StreamDoor:
         if streams.chunk_size >= layout.num_streams:
             return False
         if not self.decoder.training:
-            has_pages = arguments.get("cache") is not None
-            return cache is None and not has_pages and not self._wants_cache(arguments.get("use_cache"))
+            makes_cache = arguments.get("use_cache") and cache is None and "past_key_values" not in self.parameters
+            if makes_cache or arguments.get("cache") is not None:  # in its own way; of continuous batching
+                return False
+            is_cached = cache is not None or self._wants_cache(arguments.get("use_cache"))
+            return not (is_cached and torch.is_grad_enabled())
         if cache is not None or arguments.get("use_cache"):
             raise ValueError(
                 "Chunks of streams run twice in training, and a cache would be filled twice: pass `use_cache=False` "
@@ -107,18 +121,33 @@ class StreamDoor:
             )
         return True
 
-    def _run_in_chunks(self, arguments: dict[str, Any], batch_size: int, streams: DecoderStreamsProtocol) -> Any:
-        """The output of the stock decoder on the rows of all streams."""
-        if "use_cache" in self.parameters:
+    def _run_in_chunks(
+        self,
+        arguments: dict[str, Any],
+        batch_size: int,
+        streams: DecoderStreamsProtocol,
+        cache_name: str,
+        cache: Cache | None,
+    ) -> Any:
+        """The output of the stock decoder on the rows of all streams; an empty `cache` is filled."""
+        if cache is None and "use_cache" in self.parameters:
             arguments = {**arguments, "use_cache": False}
+        num_streams = streams.running.layout.num_streams
+        waiting: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
         def run(layout: UniformLayout) -> Any:
-            return self.run_stock(_with_rows(arguments, batch_size, layout))
+            rows, chunk = _with_rows(arguments, batch_size, layout), streams.running.chunk
+            if cache is not None and chunk is not None:
+                is_last = chunk.stop == num_streams
+                rows[cache_name] = chunk_view(cache, layout, streams.attended_layers, is_last, waiting)
+            return self.run_stock(rows)
 
         return streams.run_in_chunks(run)
 
-    def _wants_cache(self, use_cache: bool | None) -> bool:
+    def _wants_cache(self, use_cache: bool | None, in_chunks: bool = False) -> bool:
         decoder = self.decoder
+        if decoder.training and in_chunks:
+            return False
         if "past_key_values" not in self.parameters:
             return False
         # The same rule as in transformers' `merge_with_config_defaults`; with a cache, packed documents aren't

@@ -60,7 +60,7 @@ def _prefix_of_every_sample(inputs: AttentionInputs) -> tuple[torch.Tensor, torc
     return key.expand(len(inputs.key), *key.shape[1:]), value.expand(len(inputs.value), *value.shape[1:])
 
 
-def _behind_prefix(inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
+def _put_prefix_first(inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values with the prefix in front, each in one copy."""
     prefix_key, prefix_value = _prefix_of_every_sample(inputs)
     return torch.cat([prefix_key, inputs.key], dim=-2), torch.cat([prefix_value, inputs.value], dim=-2)
@@ -68,7 +68,7 @@ def _behind_prefix(inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]
 
 def attend_by_concatenation(inputs: AttentionInputs) -> AttentionOutput:
     """The prefix in front of keys and values; masks and position biases get `n` columns that show it."""
-    key, value = _behind_prefix(inputs)
+    key, value = _put_prefix_first(inputs)
     num_prefix_tokens, options, mask = key.shape[-2] - inputs.key.shape[-2], inputs.options, inputs.mask
     if options.get("position_bias") is not None:
         options = {**options, "position_bias": F.pad(options["position_bias"], (num_prefix_tokens, 0))}
@@ -103,7 +103,7 @@ def _can_join(inputs: AttentionInputs) -> bool:
 
 def _attend_causally(inputs: AttentionInputs) -> AttentionOutput:
     """sdpa's causal flag aligns to the upper left: behind n zero queries, token t sees the prefix and 0..t."""
-    key, value = _behind_prefix(inputs)
+    key, value = _put_prefix_first(inputs)
     num_prefix_tokens, options = key.shape[-2] - inputs.key.shape[-2], inputs.options
     if options.get("position_bias") is not None:
         bias = F.pad(options["position_bias"], (num_prefix_tokens, 0, num_prefix_tokens, 0))
@@ -125,8 +125,8 @@ def attend_by_flash(inputs: AttentionInputs) -> AttentionOutput:
     if options.get("cu_seq_lens_k") is None:
         return attend_by_concatenation(inputs._replace(options=options))
     assert inputs.prefix is not None
-    states = map(_among_heads, (inputs.key, inputs.value, *inputs.prefix))
-    key, value, options = put_prefix_before_documents(*states, options)
+    key, value, prefix_key, prefix_value = map(_among_heads, (inputs.key, inputs.value, *inputs.prefix))
+    key, value, options = put_prefix_before_documents(key, value, prefix_key, prefix_value, options)
     return call_stock(inputs._replace(key=key, value=value, mask=None, options=options))
 
 

@@ -75,7 +75,7 @@ class DecoderStreamsProtocol(Protocol):
 
     @property
     def chunk_size(self) -> int | None:
-        """How many streams run at a time where there is no cache; None for all."""
+        """How many streams run at a time where no cache is continued; None for all."""
 
     def run_in_chunks(self, run: Callable[[UniformLayout], Any]) -> Any:
         """What `run` gives on the rows of all streams, from running `chunk_size` of them at a time; not where it is None."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import Cache
 
 from ..core.layout import UniformLayout
 from .engines import FrozenAliases, is_partitioned, unchanged_module_stack
@@ -38,7 +39,7 @@ def run_in_chunks(
     replays the one before, since autograd takes nodes in the reverse order of their making.
 
     Args:
-        run: the decoder on the rows of so many streams, without a cache.
+        run: the decoder on the rows of so many streams; with a cache only where no gradient is recorded.
         decoder: the decoder.
         running_chunk: inside the block, in its thread, the decoder's parts see these streams only.
         num_streams: `P`.
@@ -129,6 +130,8 @@ def _in_one_graph(function: Callable) -> Callable:
 def _joined(outputs: list[Any]) -> Any:
     """The outputs of all chunks, in the order of their rows."""
     first = outputs[0]
+    if isinstance(first, Cache):
+        return outputs[-1]  # each is a view of the same one
     if isinstance(first, torch.Tensor):
         return torch.cat(outputs)
     if isinstance(first, dict):  # as the outputs of transformers are

@@ -79,8 +79,8 @@ class ParScaleArguments:
         default=None,
         metadata={
             "help": "Run so many streams at a time, which takes the activations of so many instead of all, and one more "
-            "forward pass in training; gradients stay exact. Decoding with a cache runs all at once. None: all. A "
-            "choice of the run, never saved with an adapter."
+            "forward pass in training; gradients stay exact. The prompt that starts a cache is read so, too; what continues "
+            "a cache runs all at once. None: all. A choice of the run, never saved with an adapter."
         },
     )
 

@@ -296,15 +296,6 @@ def test_hidden_states_and_attentions_are_those_of_all_streams():
     torch.testing.assert_close(as_tuple[1], expected.logits)
 
 
-def test_decoding_with_a_cache_runs_all_streams_at_once():
-    model = with_streams(tiny_model(), 3)
-    expected = model.generate(input_ids=random_tokens(), max_new_tokens=4, do_sample=False)
-    model.set_stream_chunk_size(1)
-    rows = seen_rows(model)
-    assert torch.equal(model.generate(input_ids=random_tokens(), max_new_tokens=4, do_sample=False), expected)
-    assert set(rows) == {6}
-
-
 def test_a_cache_is_refused_in_training():
     model = with_streams(tiny_model(), 3, stream_chunk_size=1).train()
     with pytest.raises(ValueError, match="a cache would be filled twice"):

@@ -1,5 +1,6 @@
 """Which tensors operations make and keep, with no clock and no allocator."""
 
+import weakref
 from collections.abc import Callable, Iterable
 
 import torch
@@ -35,6 +36,33 @@ class NewTensors(TorchDispatchMode):
     def sizes(self) -> list[int]:
         """Bytes of each of them."""
         return [tensor.untyped_storage().nbytes() for tensor in self.tensors]
+
+
+class LiveTensors(TorchDispatchMode):
+    """Counts the bytes of the tensors made inside the block that live at the same time, and their `peak`."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self.seen = weakref.WeakSet()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {_storage(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)}
+        output = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor) and _storage(tensor) not in given:
+                self._count(tensor.untyped_storage())
+        return output
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage not in self.seen:
+            self.seen.add(storage)
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._release, storage.nbytes())
+
+    def _release(self, num_bytes: int) -> None:
+        self.live -= num_bytes
 
 
 def bytes_kept_for_backward(function: Callable[[], torch.Tensor], given: Iterable[torch.Tensor]) -> int:
