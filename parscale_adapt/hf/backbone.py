@@ -16,6 +16,9 @@ from .observer import AttentionObserver, observe_attention
 from .prefixed_attention import AttentionInputs
 
 
+_NO_DECODER = "{} has no decoder module apart from its head, so its hidden states can't be mixed."
+
+
 class AttentionShape(NamedTuple):
     """Sizes of the keys and values that one attention module hands to the attention function."""
 
@@ -46,7 +49,7 @@ class Observation:
 
 @dataclass
 class Backbone:
-    """A causal LM, as streams see it.
+    """A model with a decoder, as streams see it.
 
     Args:
         decoder_name: the module whose output is aggregated.
@@ -67,28 +70,29 @@ class Backbone:
 
 
 def find_decoder(model: nn.Module) -> str:
-    """The name of the decoder inside a causal LM.
+    """The name of the decoder inside a causal LM, a model with another head, or a decoder alone, which is `""`.
 
     Raises:
         TypeError: `model` is not a transformers model.
-        ValueError: it is not a decoder-only causal LM.
+        ValueError: it has an encoder, reads no tokens of one vocabulary, or its decoder can't be told from its head.
     """
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"`model` must be a transformers causal LM, got {type(model).__name__}.")
+        raise TypeError(f"`model` must be a transformers model, got {type(model).__name__}.")
     class_name = type(model).__name__
     if model.config.is_encoder_decoder:
         raise ValueError(
-            f"{class_name} is an encoder-decoder model; streams need a decoder-only causal LM such as "
-            "Qwen2ForCausalLM."
+            f"{class_name} is an encoder-decoder model; streams need a decoder-only model such as Qwen2ForCausalLM."
         )
-    if model.get_output_embeddings() is None or not model.can_generate():
+    has_lm_head = model.get_output_embeddings() is not None
+    if has_lm_head and not model.can_generate():
         raise ValueError(
-            f"{class_name} is not a causal LM with an LM head: load the backbone with `AutoModelForCausalLM`."
+            f"{class_name} is not a causal LM, though it has an LM head: load the backbone with `AutoModelForCausalLM`."
         )
-    if not isinstance(model.get_input_embeddings(), nn.Embedding):
+    embedding = _token_embedding(model)
+    if not isinstance(embedding, nn.Embedding):
         raise ValueError(
-            f"{class_name} reads its tokens from {type(model.get_input_embeddings()).__name__} and not from one "
-            "embedding: streams need a language model over one vocabulary."
+            f"{class_name} reads its tokens from {type(embedding).__name__} and not from one embedding: streams need a "
+            "language model over one vocabulary."
         )
     decoder = model.get_decoder()
     if not isinstance(decoder, PreTrainedModel):  # ModernBERT calls its LM head `decoder`
@@ -96,11 +100,33 @@ def find_decoder(model: nn.Module) -> str:
     if decoder is model:  # Llama 4 names a prefix that is no attribute
         inner = [child for child in model.children() if isinstance(child, PreTrainedModel)]
         decoder = inner[0] if len(inner) == 1 else model
-    if decoder is model:
-        raise ValueError(
-            f"{class_name} has no decoder module apart from its LM head, so its hidden states can't be mixed."
-        )
+    if decoder is model and has_lm_head:
+        raise ValueError(_NO_DECODER.format(class_name))
     return next(name for name, module in model.named_modules() if module is decoder)
+
+
+def _token_embedding(model: PreTrainedModel) -> nn.Module | None:
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+
+
+def _refuse_encoder(model: PreTrainedModel) -> None:
+    """Raises ValueError where later tokens change earlier states, as in BERT, a state is pooled inside the decoder, where
+    there is one per stream, or there is no decoder at all."""
+    decoder = model.get_submodule(find_decoder(model))
+    rows = torch.tensor([[0, 0, 0], [0, 0, 1]], device=input_device(model))
+    with torch.no_grad(), evaluating(model), gathered_parameters(model):
+        output = decoder(input_ids=rows, use_cache=False)
+    if "last_hidden_state" not in output:
+        raise ValueError(_NO_DECODER.format(type(model).__name__))
+    first, second = output["last_hidden_state"][:, :2].float()
+    if not torch.allclose(first, second, rtol=1e-3, atol=1e-3) or output.get("pooler_output") is not None:
+        raise ValueError(
+            f"{type(model).__name__} is an encoder, in which tokens see later ones: streams need a decoder, such as "
+            "that of Qwen2ForSequenceClassification."
+        )
 
 
 def probe_backbone(model: PreTrainedModel) -> Backbone:
@@ -113,6 +139,8 @@ def probe_backbone(model: PreTrainedModel) -> Backbone:
     decoder_name = find_decoder(model)
     refuse_absent_weights(model)
     refuse_unsupported_attention(model.get_submodule(decoder_name))
+    if model.get_output_embeddings() is None:
+        _refuse_encoder(model)
     observed = observe_states(model, torch.zeros(1, 1, dtype=torch.long))
     shapes = {
         name: AttentionShape(states.key.shape[1], states.key.shape[-1], states.value.shape[-1])

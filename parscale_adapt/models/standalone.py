@@ -66,12 +66,17 @@ def standalone_classes(model: PreTrainedModel, base_name: str) -> StandaloneClas
         base_name: the name in it of its base model, see [`base_model_name`].
 
     Raises:
-        ValueError: it is quantized, or its code is no part of transformers.
+        ValueError: it is quantized, has another head than a causal LM's, or its code is no part of transformers.
     """
     if getattr(model, "is_quantized", False):
         raise ValueError(
             "A standalone checkpoint needs a backbone in full precision, got a quantized one: load the backbone without "
             "quantization, and the adapter on it."
+        )
+    if model.get_output_embeddings() is None:
+        raise ValueError(
+            f"A standalone checkpoint is a causal LM, got {type(model).__name__} under the streams: save the adapter, and "
+            "load it on its backbone."
         )
     stock: Any = (type(model.config), type(model.get_submodule(base_name)), type(model))
     return _derived_classes(*stock)

@@ -75,7 +75,8 @@ def live_tensors(model: PeftModel, adapter_name: str) -> Iterator[tuple[str, tor
     """Name in the file and full value of every tensor that a save of one adapter must hold; every rank must iterate."""
     _reshard(model)
     modules = dict(model.named_modules())
-    wanted = dict(expected_adapter_shapes(model, adapter_name))
+    copies = saved_module_shapes(model, adapter_name)
+    wanted = expected_adapter_shapes(model, adapter_name) | copies
     if model.peft_config[adapter_name].train_backbone:
         wanted |= backbone_shapes(model)
     for name in wanted:
@@ -85,7 +86,8 @@ def live_tensors(model: PeftModel, adapter_name: str) -> Iterator[tuple[str, tor
         with gathered(list(parameters.values())):
             values = {key: _full_value(parameter) for key, parameter in parameters.items()}
             value = fold_prefix(owner, values) if is_folded else values[name.rpartition(".")[2]]
-            yield checkpoint_key(name, adapter_name), value
+            key = name.replace(f".modules_to_save.{adapter_name}.", ".") if name in copies else name
+            yield checkpoint_key(key, adapter_name), value
 
 
 def verify_save(model: PeftModel, folder: str | Path, adapter_name: str, is_main_process: bool = True) -> int:
@@ -111,8 +113,7 @@ def verify_save(model: PeftModel, folder: str | Path, adapter_name: str, is_main
             problems.append(f"{name} is missing")
         elif not _same_values(reader.get_tensor(name), value):
             problems.append(f"{name} differs from the live tensor")
-    if not model.peft_config[adapter_name].modules_to_save:
-        problems += [f"{name} is unexpected" for name in sorted(saved_names - seen)]
+    problems += [f"{name} is unexpected" for name in sorted(saved_names - seen)]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError(f"The save to {path} does not hold what was trained: {'; '.join(problems[:3])}{more}.")

@@ -4,9 +4,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 
 import torch
+from accelerate import init_empty_weights
 from peft import PeftConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 from ..core.transforms import ATTENTION, LINEAR, named_transforms
@@ -20,9 +22,12 @@ from .layer import ParScaleLayer
 from .near_identity import NearIdentity, start_near_identity
 from .refusals import (
     check_fingerprint,
+    name_head,
     refuse_copied_hosts,
     refuse_loading_by_transformers,
+    refuse_missing_head,
     refuse_offloaded_backbone,
+    refuse_quantized_copies,
     refuse_second_tuner,
     refuse_shared_ownership,
     refuse_streams_of_its_own,
@@ -98,9 +103,12 @@ class AttachingTuner(BaseTuner):
         config = self.peft_config[adapter_name] = given.handed_over()
         with self._all_or_nothing(adapter_name):
             refuse_unusable_name(adapter_name)
+            name_head(config)
             if not config.is_being_loaded:
                 self._begin_anew(config, given)
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            if not self._backbone.decoder_name:
+                self._add_streams_of_model(adapter_name, low_cpu_mem_usage)
             if config.lora is not None:
                 self._add_shared_lora(adapter_name, low_cpu_mem_usage)
             open_streams(self.model, self._backbone)
@@ -151,8 +159,10 @@ class AttachingTuner(BaseTuner):
 
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
         super()._check_new_adapter_config(config)
+        refuse_missing_head(self.model, config)
         refuse_shared_ownership(self.peft_config)
         refuse_training_quantized_backbone(self.model, config)
+        refuse_quantized_copies(self.model, config)
         refuse_offloaded_backbone(self.model, config)
         if config.is_being_loaded:  # the file may bring the embedding
             check_fingerprint(config, self._fingerprint, type(self.model).__name__, {self._embedding_name})
@@ -176,8 +186,10 @@ class AttachingTuner(BaseTuner):
                 with streams_off(self.model):
                     self._projections = observe_projections(self.model, backbone_modules(self.model))
             hosts += self._projections
-        peft_config.target_modules = tuple(hosts)  # since PEFT shortens a list of 20 or more names to common endings
-        refuse_copied_hosts(peft_config, (*peft_config.target_modules, *backbone.attention_shapes))
+        refuse_copied_hosts(peft_config, (*hosts, *backbone.attention_shapes))
+        # A tuple, since PEFT shortens a list of 20 or more names to common endings; without the model itself, which PEFT
+        # passes by.
+        peft_config.target_modules = tuple(filter(None, hosts)) or DUMMY_TARGET_MODULES
         return peft_config
 
     def _prepare_model(self, peft_config: ParScaleConfig, model: nn.Module) -> None:
@@ -211,12 +223,24 @@ class AttachingTuner(BaseTuner):
                 self.model, adapter_name, config.num_streams, config.num_prefix_tokens
             )
 
+    def _add_streams_of_model(self, adapter_name: str, low_cpu_mem_usage: bool) -> None:
+        """The host that PEFT passes by: a model that is the decoder itself."""
+        config = self.peft_config[adapter_name]
+        with self._adding_tensors(config), init_empty_weights() if low_cpu_mem_usage else nullcontext():
+            stream_layer(self.model, self._backbone, "", self._projections).update_layer(adapter_name, config)
+
     def _add_shared_lora(self, adapter_name: str, low_cpu_mem_usage: bool) -> None:
         config = self.peft_config[adapter_name]
         config.lora.inference_mode = config.inference_mode
         configs = {name: other.lora for name, other in self.peft_config.items() if other.lora is not None}
+        with self._adding_tensors(config):
+            inject_shared_lora(self.model, configs, adapter_name, low_cpu_mem_usage)
+
+    @contextmanager
+    def _adding_tensors(self, config: ParScaleConfig) -> Iterator[None]:
+        """After the block, what it added is trained where its adapter is active, and all else as before."""
         requires_grad = {parameter: parameter.requires_grad for parameter in self.model.parameters()}
-        inject_shared_lora(self.model, configs, adapter_name, low_cpu_mem_usage)
+        yield
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         for parameter, value in requires_grad.items():
             parameter.requires_grad_(value)

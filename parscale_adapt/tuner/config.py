@@ -15,6 +15,12 @@ from .shared_lora import lora_config, lora_fields
 
 
 CHOICES_OF_A_RUN = ("verify_backbone", "stream_chunk_size")  # which say nothing of what an adapter is
+# What PEFT adds to `modules_to_save`.
+HEADS_OF_TASKS = {
+    TaskType.SEQ_CLS: ("classifier", "score"),
+    TaskType.TOKEN_CLS: ("classifier", "score"),
+    TaskType.QUESTION_ANS: ("qa_outputs",),
+}
 STARTS_OF_PREFIXES = ("normal", "reparameterized", "tokens", "near_identity")
 
 
@@ -169,7 +175,8 @@ class _RuntimeConfig:
 
 @dataclass
 class ParScaleConfig(ParScaleArguments, PeftConfig):
-    """Configuration of parallel streams on a causal LM, to be passed to [`peft.get_peft_model`].
+    """Configuration of parallel streams on a causal LM, or on a decoder with another head or none, to be passed to
+    [`peft.get_peft_model`].
 
     A model keeps a copy of it, to which it adds what it found. So the same configuration, be it new or read from a
     file, can start any number of adapters on any backbones.
@@ -177,9 +184,12 @@ class ParScaleConfig(ParScaleArguments, PeftConfig):
     Besides the fields of [`ParScaleArguments`] and of [`peft.PeftConfig`]:
 
     Args:
+        task_type: `CAUSAL_LM`, or `SEQ_CLS`, `TOKEN_CLS`, `QUESTION_ANS` (the head, which sees the mixed states, is
+            trained and saved with the adapter), or `FEATURE_EXTRACTION`, as in PEFT.
         target_modules: names of the decoder and of the attention modules and linear layers in which streams differ.
             Found by running a few tokens through the backbone, never set by the user.
-        modules_to_save: as in PEFT, further modules to train and save with the adapter.
+        modules_to_save: as in PEFT, further modules to train and save with the adapter; heads other than that of a causal
+            LM are added.
         lora: a [`peft.LoraConfig`] (or its fields as a dictionary) for low-rank weights on the backbone, shared by all
             streams, trained with them and saved in the same file. With `num_streams=1` it is a plain LoRA adapter.
         backbone_fingerprint: what the adapter was trained on; checked when it is loaded.
@@ -199,12 +209,13 @@ class ParScaleConfig(ParScaleArguments, PeftConfig):
     def __post_init__(self):
         ParScaleArguments.__post_init__(self)
         PeftConfig.__post_init__(self)
-        if self.task_type not in (None, TaskType.CAUSAL_LM):
+        if self.task_type == TaskType.SEQ_2_SEQ_LM:
             raise ValueError(
-                f"`task_type` must be 'CAUSAL_LM', got {TaskType(self.task_type).value!r}: streams run through "
-                "the decoder of a causal LM, and heads for other tasks are not supported."
+                f"`task_type` must be one of {', '.join(task for task in TaskType if task != TaskType.SEQ_2_SEQ_LM)}, got "
+                "'SEQ_2_SEQ_LM': streams run through a decoder alone, and such models have an encoder."
             )
-        if self.train_backbone and self.modules_to_save:
+        heads = HEADS_OF_TASKS.get(self.task_type, ())
+        if self.train_backbone and not set(self.modules_to_save or ()) <= set(heads):
             raise ValueError(
                 f"`modules_to_save` names parts of the backbone, got {self.modules_to_save}, but `train_backbone=True` "
                 "already trains and saves all of it: leave one of the two out."

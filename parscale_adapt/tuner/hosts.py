@@ -61,7 +61,8 @@ def open_streams(model: PreTrainedModel, backbone: Backbone) -> None:
             layer.attach_hook()
         if isinstance(layer, DecoderStreams) and not layer.is_open:
             attach_streams(host, map(model.get_submodule, backbone.attention_shapes))
-            model.init_continuous_batching = MethodType(init_continuous_batching, model)
+            if hasattr(model, "init_continuous_batching"):  # it generates
+                model.init_continuous_batching = MethodType(init_continuous_batching, model)
             layer.is_open = True
 
 

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 
+from peft import TaskType
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -10,8 +11,44 @@ from ..hf.backbone import find_decoder
 from ..hf.engines import offloaded_modules
 from ..hf.fingerprint import describe_difference
 from ..hf.stream_call import STREAMS_ATTRIBUTE
-from .config import ParScaleConfig
+from .config import HEADS_OF_TASKS, ParScaleConfig
 from .layer import ParScaleLayer
+
+
+_LOADERS = {
+    TaskType.SEQ_CLS: "AutoModelForSequenceClassification",
+    TaskType.TOKEN_CLS: "AutoModelForTokenClassification",
+    TaskType.QUESTION_ANS: "AutoModelForQuestionAnswering",
+}
+
+
+def refuse_missing_head(model: PreTrainedModel, config: ParScaleConfig) -> None:
+    """Raises ValueError where the model lacks the head of `task_type`, or what a start by its own text needs."""
+    task, class_name = config.task_type, type(model).__name__
+    heads = HEADS_OF_TASKS.get(task, ())
+    if task == TaskType.CAUSAL_LM and model.get_output_embeddings() is None:
+        raise ValueError(
+            f"{class_name} is not a causal LM with an LM head: load the backbone with `AutoModelForCausalLM`, or name "
+            "its task in `task_type`."
+        )
+    if heads and not any(name.endswith(heads) for name, _ in model.named_modules()):
+        raise ValueError(
+            f"`task_type={TaskType(task).value!r}` trains the head {' or '.join(heads)}, which {class_name} doesn't have: "
+            f"load the backbone with `{_LOADERS[task]}`."
+        )
+    starts_by_text = config.init_weights in ("tokens", "near_identity") and config.num_streams > 1
+    if starts_by_text and not config.is_being_loaded and model.get_output_embeddings() is None:
+        raise ValueError(
+            f"`init_weights={config.init_weights!r}` starts from text that the backbone generates, and {class_name} has no "
+            "LM head to generate with: use 'normal'."
+        )
+
+
+def name_head(config: ParScaleConfig) -> None:
+    """Let `modules_to_save` name the head of `task_type`, as PEFT does before it attaches an adapter or after, once."""
+    heads = HEADS_OF_TASKS.get(config.task_type)
+    if heads:
+        config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or ()), *heads]))
 
 
 def refuse_second_tuner(model: nn.Module) -> None:
@@ -60,6 +97,17 @@ def refuse_training_quantized_backbone(model: PreTrainedModel, config: ParScaleC
             "`train_backbone=True` needs a backbone in full precision, got a quantized one: train with "
             "`train_backbone=False`, or load the backbone without quantization."
         )
+
+
+def refuse_quantized_copies(model: nn.Module, config: ParScaleConfig) -> None:
+    """Raises ValueError where `modules_to_save` names a quantized module, of which PEFT can't train a copy."""
+    for name, parameter in model.named_parameters():
+        module_name = name.rpartition(".")[0]
+        if not parameter.is_floating_point() and copying_entry(config, module_name) is not None:
+            raise ValueError(
+                f"`modules_to_save` trains a copy of `{module_name}`, which is quantized: load the backbone with "
+                f"`llm_int8_skip_modules=[{module_name!r}]` in its `BitsAndBytesConfig`."
+            )
 
 
 def refuse_offloaded_backbone(model: nn.Module, config: ParScaleConfig) -> None:

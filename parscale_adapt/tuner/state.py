@@ -25,6 +25,7 @@ from .registration import PARAMETER_PREFIX
 _LAYER_MARK = f".{STREAMS_ATTRIBUTE}.{PARAMETER_PREFIX}"
 _NAME_IN_FILE = {place: name for name, place in STREAM_TENSORS.items()}
 _SHARED_LORA = "|".join(LoraLayer.adapter_layer_names)
+_IDLE = {ModulesToSaveWrapper: ("original_module",)}
 _WRAPPED = ".base_layer"  # where PEFT's LoRA layers keep the backbone's own module
 
 
@@ -111,10 +112,10 @@ def expected_adapter_shapes(model: nn.Module, adapter_name: str) -> dict[str, tu
 def saved_module_shapes(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, ...]]:
     """Names in the model and shapes of what one adapter trains in the modules named by `modules_to_save`."""
     return {
-        f"{name}.modules_to_save.{adapter_name}.{key}": tuple(tensor.shape)
+        f"{name}.modules_to_save.{adapter_name}.{key}": full_shape(tensor)
         for name, module in model.named_modules()
         if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
-        for key, tensor in module.modules_to_save[adapter_name].state_dict().items()
+        for key, tensor in module.modules_to_save[adapter_name].state_dict(keep_vars=True).items()
     }
 
 
@@ -128,12 +129,15 @@ def load_backbone(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def backbone_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Names in the model and shapes of all parameters outside adapters; a tied parameter stands once."""
+    """Names in the model and shapes of all parameters outside adapters; a tied parameter stands once.
+
+    A module of `modules_to_save` is the adapter's: its copy runs, and the original doesn't.
+    """
     adapter_owned = tuple(
         f"{name}.{container}."
         for name, layer in model.named_modules()
-        if isinstance(layer, ParScaleLayer | LoraLayer)
-        for container in layer.adapter_layer_names
+        if isinstance(layer, ParScaleLayer | LoraLayer | ModulesToSaveWrapper)
+        for container in (*layer.adapter_layer_names, *_IDLE.get(type(layer), ()))
     )
     return {
         name: full_shape(parameter)
@@ -159,7 +163,7 @@ def embedding_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     }
 
 
-def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+def full_shape(parameter: torch.Tensor) -> tuple[int, ...]:
     """The shape of a parameter before any sharding."""
     return tuple(parameter.ds_shape if is_partitioned(parameter) else parameter.shape)
 

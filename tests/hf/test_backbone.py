@@ -2,7 +2,15 @@ import pytest
 import torch
 from peft import get_peft_model
 from support.tiny_models import ARCHITECTURES, random_tokens, tiny_config, tiny_model
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from parscale_adapt import ParScaleConfig
 from parscale_adapt.hf.backbone import AttentionShape, evaluating, find_decoder, observe_states, probe_backbone
@@ -68,18 +76,35 @@ def from_config(auto_class, model_type, **sizes):
     [
         (lambda: from_config(AutoModelForSeq2SeqLM, "t5"), "T5ForConditionalGeneration is an encoder-decoder model"),
         (lambda: from_config(AutoModelForSeq2SeqLM, "bart"), "BartForConditionalGeneration is an encoder-decoder"),
-        (lambda: tiny_model().model, "Qwen2Model is not a causal LM with an LM head: load .* `AutoModelForCausalLM`"),
-        (lambda: from_config(AutoModelForMaskedLM, "bert"), "BertForMaskedLM is not a causal LM with an LM head"),
+        (lambda: from_config(AutoModelForMaskedLM, "bert"), "BertForMaskedLM is not a causal LM, though .* LM head"),
     ],
 )
-def test_models_that_are_no_decoder_only_causal_lm_are_refused(make, message):
+def test_models_whose_decoder_does_not_stand_alone_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         find_decoder(make())
 
 
 def test_something_else_than_a_transformers_model_is_refused():
-    with pytest.raises(TypeError, match="`model` must be a transformers causal LM, got Linear"):
+    with pytest.raises(TypeError, match="`model` must be a transformers model, got Linear"):
         find_decoder(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    "auto_class", [AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification]
+)
+@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+def test_encoders_are_refused_whatever_their_head(auto_class, model_type):
+    model = from_config(auto_class, model_type)
+    with pytest.raises(ValueError, match=f"{type(model).__name__} is an encoder, in which tokens see later ones"):
+        probe_backbone(model)
+
+
+def test_a_model_of_images_alone_is_refused():
+    model = AutoModel.from_config(
+        AutoConfig.for_model("vit", hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    )
+    with pytest.raises(ValueError, match="ViTModel reads its tokens from .* and not from one embedding"):
+        find_decoder(model)
 
 
 @pytest.mark.parametrize("model_type", ["mamba", "bloom", "falcon"])

@@ -91,13 +91,9 @@ def test_streams_are_for_causal_language_models_unless_said_otherwise():
     assert type(get_peft_model(tiny_model(), ParScaleConfig(task_type=None))) is PeftModel
 
 
-@pytest.mark.parametrize(
-    "task_type", [TaskType.SEQ_CLS, "TOKEN_CLS", "SEQ_2_SEQ_LM", "QUESTION_ANS", "FEATURE_EXTRACTION"]
-)
-def test_other_tasks_are_refused(task_type):
-    message = f"`task_type` must be 'CAUSAL_LM', got '{TaskType(task_type).value}': streams run through the decoder"
-    with pytest.raises(ValueError, match=message):
-        ParScaleConfig(task_type=task_type)
+def test_tasks_with_an_encoder_are_refused_and_unknown_ones():
+    with pytest.raises(ValueError, match=r"must be one of SEQ_CLS, CAUSAL_LM, .*, got 'SEQ_2_SEQ_LM': streams run"):
+        ParScaleConfig(task_type=TaskType.SEQ_2_SEQ_LM)
     with pytest.raises(ValueError, match="Invalid task type: 'CHESS'"):
         ParScaleConfig(task_type="CHESS")
 

@@ -167,7 +167,7 @@ REFUSED = {
     "encoder-decoder": (
         lambda: AutoModelForSeq2SeqLM.from_config(tiny_config("bart")).eval(),
         {},
-        "BartForConditionalGeneration is an encoder-decoder model; streams need a decoder-only causal LM",
+        "BartForConditionalGeneration is an encoder-decoder model; streams need a decoder-only model",
     ),
     "no attention": (
         lambda: AutoModelForCausalLM.from_config(tiny_config("mamba")).eval(),
@@ -222,7 +222,7 @@ def test_a_refused_backbone_stays_as_it_was(case, num_streams):
 
 
 def test_a_module_that_is_no_transformers_model_is_refused():
-    with pytest.raises(TypeError, match="`model` must be a transformers causal LM, got Linear"):
+    with pytest.raises(TypeError, match="`model` must be a transformers model, got Linear"):
         get_peft_model(torch.nn.Linear(2, 2), ParScaleConfig())
 
 
