@@ -1,7 +1,8 @@
-"""Which architectures streams work on: every check on a tiny model of every causal LM of transformers.
+"""Which architectures streams work on: every check on a tiny model of every causal LM of transformers, and on ten
+architectures with other heads.
 
     python scripts/compatibility.py                                    # all, about 5 minutes on 2 cores
-    python scripts/compatibility.py --only qwen2 gpt_oss               # some, printed instead of written
+    python scripts/compatibility.py --only qwen2 gpt_oss llama:SEQ_CLS # some, printed instead of written
 
 Writes docs/compatibility.md, and ends with an error where a property fails.
 """
@@ -19,11 +20,11 @@ import peft
 import torch
 import transformers
 from compatibility_case import NUM_PREFIX_TOKENS, NUM_STREAMS
-from compatibility_checks import CHECKS, TOLERANCE
+from compatibility_checks import CHECKS, TOLERANCE, checks_of
 from compatibility_reports import IMPLEMENTATIONS, NOT_APPLICABLE, Outcome, Report, examine_apart
 from rich.console import Console
 from rich.progress import track
-from tiny_architectures import MODEL_TYPES
+from tiny_architectures import CAUSAL_LM, CLASS_NAMES, OTHER_TASKS, task_of
 
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "compatibility.md"
@@ -44,6 +45,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 def render(reports: Sequence[Report], command: str) -> str:
     """The document."""
+    others = [report for report in reports if report.model_type in OTHER_TASKS]
+    reports = [report for report in reports if report.model_type not in OTHER_TASKS]
     sections = (
         ("work in every property that applies", [report for report in reports if report.works], _working),
         ("fail in a property", [report for report in reports if report.failures], _failing),
@@ -61,6 +64,8 @@ def render(reports: Sequence[Report], command: str) -> str:
     for text, found, describe in sections:
         if found:
             lines += ["", f"## {text.capitalize()}", "", *describe(found)]
+    if others:
+        lines += ["", "## Other tasks", "", *_other_tasks(others)]
     return "\n".join(lines) + "\n"
 
 
@@ -78,7 +83,7 @@ def _count(reports: Sequence[Report]) -> tuple[str, str]:
 def _introduction(command: str) -> list[str]:
     machine = f"{os.cpu_count()}-core {platform.machine()} CPU"
     versions = ", ".join(f"{module.__name__} {module.__version__}" for module in (transformers, torch, peft))
-    checks = [f"- **{name}**: {check.__doc__.strip().splitlines()[0]}" for name, check in CHECKS.items()]
+    checks = [f"- **{name}**: {check.__doc__.strip().splitlines()[0]}" for name, check in checks_of(CAUSAL_LM).items()]
     return [
         "# Compatibility",
         "",
@@ -128,6 +133,26 @@ def _notes(outcomes: Sequence[Outcome], remarks: dict[str, int]) -> str:
     return ", ".join(notes)
 
 
+def _other_tasks(reports: Sequence[Report]) -> list[str]:
+    remarks: dict[str, int] = {}
+    rows = []
+    for report in reports:
+        state = report.refused or report.impossible or ("works" if report.works else "fails")
+        checked = " ".join(report.implementations)
+        rows.append((task_of(report.model_type), report.class_name, state, checked, _notes(report.outcomes, remarks)))
+    rows.sort()
+    lines = [
+        "The same properties, but for generation, of models with other heads, which are trained and saved with the "
+        "streams, and of models without (`task_type` as in PEFT). A model of rows is also checked for **pooling**: "
+        f"{CHECKS['pooling'].__doc__.strip().splitlines()[0].lower()}",
+        "",
+        *table(("task", "class", "result", "checked with", "remarks"), rows),
+    ]
+    lines += ["", *(f"{number}. {text}." for text, number in remarks.items())] if remarks else []
+    failing = [report for report in reports if report.failures]
+    return [*lines, "", *_failing(failing)] if failing else lines
+
+
 def _failing(reports: Sequence[Report]) -> list[str]:
     rows = []
     for report in reports:
@@ -163,7 +188,7 @@ def parse_arguments() -> argparse.Namespace:
         "--attn_implementation", choices=IMPLEMENTATIONS, help="Check with this one only, where the model has it."
     )
     args = parser.parse_args()
-    unknown = sorted(set(args.only or ()) - set(MODEL_TYPES))
+    unknown = sorted(set(args.only or ()) - set(CLASS_NAMES))
     if unknown:
         parser.error(
             f"--only names {', '.join(unknown)}, which transformers {transformers.__version__} doesn't map to a causal LM"
@@ -175,7 +200,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    model_types = sorted(set(args.only)) if args.only else list(MODEL_TYPES)
+    model_types = sorted(set(args.only)) if args.only else list(CLASS_NAMES)
     implementations = [args.attn_implementation] if args.attn_implementation else IMPLEMENTATIONS
     reports = examine_all(model_types, implementations, args.jobs)
     document = render(reports, shlex.join(["python", "scripts/compatibility.py", *sys.argv[1:]]))

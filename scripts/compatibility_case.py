@@ -6,8 +6,8 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model
-from tiny_architectures import VOCABULARY, tiny_model
+from peft import PeftModel, PeftModelForQuestionAnswering, get_peft_model
+from tiny_architectures import SEQ_CLS, VOCABULARY, answer_of, task_of, tiny_model
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -32,7 +32,11 @@ class Broken(AssertionError):
 
 
 class Case:
-    """A plain backbone and the same one with an adapter that clearly changes its output.
+    """A plain backbone and the same one with an adapter, and a head where PEFT trains one, that clearly change its output.
+
+    Args:
+        model_type: a causal LM of that type, or as in `tiny_architectures.OTHER_TASKS`.
+        implementation: of attention.
 
     Raises:
         ValueError: the package refuses the backbone.
@@ -40,6 +44,7 @@ class Case:
 
     def __init__(self, model_type: str, implementation: str):
         self.model_type = model_type
+        self.task = task_of(model_type)
         self.implementation = implementation
         self.backbone = self.fresh_backbone()
         self.model = self.adapted()
@@ -53,9 +58,18 @@ class Case:
         backbone = self.fresh_backbone()
         torch.manual_seed(1)
         config = ParScaleConfig(
-            task_type="CAUSAL_LM", num_streams=NUM_STREAMS, num_prefix_tokens=NUM_PREFIX_TOKENS, init_std=0.5
+            task_type=self.task, num_streams=NUM_STREAMS, num_prefix_tokens=NUM_PREFIX_TOKENS, init_std=0.5
         )
-        return get_peft_model(backbone, config).eval()
+        model = get_peft_model(backbone, config).eval()
+        for name, parameter in model.named_parameters():
+            if ".modules_to_save." in name:
+                parameter.data += torch.randn_like(parameter)
+        return model
+
+    @property
+    def answers_by_token(self) -> bool:
+        """Whether logits are `[B, T, ...]`, and not `[B, labels]` of each row's last token."""
+        return self.task != SEQ_CLS
 
     @cached_property
     def input_ids(self) -> torch.Tensor:
@@ -90,8 +104,14 @@ class Case:
         padding = (num_padding, 0)
         return self._masked(F.pad(self.input_ids, padding), F.pad(torch.ones_like(self.input_ids), padding))
 
-    def _masked(self, input_ids: torch.Tensor, mask: torch.Tensor) -> Inputs:
-        inputs = {"input_ids": input_ids.masked_fill(mask == 0, PADDING_TOKEN), "attention_mask": mask}
+    def padded(self, left: int, right: int) -> Inputs:
+        """Both rows between so many of the configuration's padding tokens, which pooling looks for."""
+        padding = (left, right)
+        mask = F.pad(torch.ones_like(self.input_ids), padding)
+        return self._masked(F.pad(self.input_ids, padding), mask, self.backbone.config.pad_token_id)
+
+    def _masked(self, input_ids: torch.Tensor, mask: torch.Tensor, padding_token: int = PADDING_TOKEN) -> Inputs:
+        inputs = {"input_ids": input_ids.masked_fill(mask == 0, padding_token), "attention_mask": mask}
         if self.takes_positions:  # as `generate` tells them
             inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
         return inputs
@@ -99,8 +119,10 @@ class Case:
 
 @torch.no_grad()
 def logits_of(model: nn.Module, inputs: Inputs) -> torch.Tensor:
-    """Finite logits `[B, T, vocabulary]`, computed without cache."""
-    logits = model(**inputs, use_cache=False).logits
+    """Finite logits `[B, T, vocabulary]`, or what [`answer_of`] takes for them, computed without cache."""
+    if isinstance(model, PeftModelForQuestionAnswering):  # which drops `position_ids`, whatever the method
+        model = model.base_model
+    logits = answer_of(model(**inputs, use_cache=False))
     if not logits.isfinite().all():
         raise Broken("the logits are not finite")
     return logits

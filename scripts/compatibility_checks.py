@@ -4,6 +4,7 @@ A check returns a remark (often empty), raises [`NotApplicable`] where the plain
 and raises anything else where the property fails. The first line of its docstring is what the document says of it.
 """
 
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from compatibility_case import (
 )
 from compatibility_oracle import logits_by_brute_force
 from peft import PeftModel
-from tiny_architectures import VOCABULARY
+from tiny_architectures import CAUSAL_LM, SEQ_CLS, VOCABULARY, answer_of
 from torch import nn
 from torch.nn import functional as F
 
@@ -83,7 +84,7 @@ def batch_invariance(case: Case) -> str:
 
 def _change_by_padding(case: Case, model: nn.Module) -> float:
     unpadded, padded = (logits_of(model, case.moved_right(count)) for count in (0, NUM_PADDING))
-    return distance(padded[:, NUM_PADDING:], unpadded)
+    return distance(padded[:, NUM_PADDING:] if case.answers_by_token else padded, unpadded)
 
 
 def _padding_changes_tokens(case: Case, model: nn.Module) -> bool:
@@ -97,10 +98,27 @@ def left_padding(case: Case) -> str:
         raise NotApplicable("left-padding changes the plain backbone's logits")
     if (change := _change_by_padding(case, case.model)) > TOLERANCE:
         raise Broken(f"left-padding changes logits by {change:.1e}")
+    if case.task != CAUSAL_LM:
+        return ""
     if _padding_changes_tokens(case, case.backbone):
         return "left-padding changes the tokens that the plain backbone generates"
     if _padding_changes_tokens(case, case.model):
         raise Broken("left-padding changes generated tokens")
+    return ""
+
+
+def _change_by_pooling(case: Case, model: nn.Module) -> float:
+    unpadded = logits_of(model, case.padded(0, 0))
+    paddings = ((NUM_PADDING, 0), (0, NUM_PADDING), (1, NUM_PADDING))
+    return max(distance(logits_of(model, case.padded(*padding)), unpadded) for padding in paddings)
+
+
+def pooling(case: Case) -> str:
+    """Padding on the left, on the right or on both sides doesn't change from which token a row is classified."""
+    if _change_by_pooling(case, case.backbone) > TOLERANCE:
+        raise NotApplicable("padding changes the plain backbone's logits")
+    if (change := _change_by_pooling(case, case.model)) > TOLERANCE:
+        raise Broken(f"padding changes logits by {change:.1e}")
     return ""
 
 
@@ -111,7 +129,7 @@ def default_cache(case: Case) -> str:
         case.backbone(**case.plain)
     except Exception as error:
         raise NotApplicable(f"the plain backbone can't: {describe_error(error)}") from error
-    require_close(case.model(**case.plain).logits, logits_of(case.model, case.plain), "logits")
+    require_close(answer_of(case.model(**case.plain)), logits_of(case.model, case.plain), "logits")
     return ""
 
 
@@ -163,8 +181,12 @@ def cached_beams(case: Case) -> str:
 
 
 def _gradients(model: nn.Module, input_ids: torch.Tensor) -> dict[str, torch.Tensor | None]:
-    logits = model(input_ids=input_ids, use_cache=False).logits
-    F.cross_entropy(logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()).backward()
+    logits = answer_of(model(input_ids=input_ids, use_cache=False))
+    if logits.shape[-1] == VOCABULARY:
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten())
+    else:
+        loss = (logits * torch.randn(logits.shape, generator=torch.Generator().manual_seed(4))).mean()
+    loss.backward()
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -184,7 +206,8 @@ def gradients(case: Case) -> str:
     plain = _gradients(case.fresh_backbone(), case.input_ids)
     found = _gradients(case.adapted(), case.input_ids)
     found = {name.removeprefix("base_model.model."): gradient for name, gradient in found.items()}
-    trained = {name: gradient for name, gradient in found.items() if _is_reached(name.partition("parscale")[0], plain)}
+    hosts = {name: re.split(r"parscale|\.modules_to_save", name)[0] for name in found}
+    trained = {name: gradient for name, gradient in found.items() if _is_reached(hosts[name], plain)}
     for name, gradient in trained.items():
         if gradient is None:
             raise Broken(f"no gradient reaches {name}")
@@ -255,6 +278,7 @@ def brute_force(case: Case) -> str:
             found = logits_of(case.model, inputs)
             expected = logits_by_brute_force(case.fresh_backbone("eager"), Path(folder), inputs)
             real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+            real = real if case.answers_by_token else torch.ones(BATCH_SIZE, dtype=torch.bool)
             require_close(found[real], expected[real], "logits")
             if distance(found, logits_of(case.backbone, inputs)) < 100 * TOLERANCE:
                 raise Broken("the streams hardly change the backbone's logits, so that nothing is shown")
@@ -267,6 +291,7 @@ CHECKS: dict[str, Callable[[Case], str]] = {
     "causality": causality,
     "batch": batch_invariance,
     "left-padding": left_padding,
+    "pooling": pooling,
     "default cache": default_cache,
     "greedy": cached_greedy,
     "beams": cached_beams,
@@ -275,3 +300,11 @@ CHECKS: dict[str, Callable[[Case], str]] = {
     "save and load": save_and_load,
     "equal prefixes": equal_prefixes,
 }
+
+
+def checks_of(task: str) -> dict[str, Callable[[Case], str]]:
+    """What can be asked of a model for that task: only causal LMs generate, and only classifiers of rows pool."""
+    left_out = {CAUSAL_LM: {"pooling"}, SEQ_CLS: {"causality", "greedy", "beams"}}.get(
+        task, {"pooling", "greedy", "beams"}
+    )
+    return {name: check for name, check in CHECKS.items() if name not in left_out}

@@ -15,6 +15,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from tiny_architectures import answer_of
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -25,7 +26,7 @@ _EAGER = "eager_attention_forward"
 
 
 class SavedAdapter:
-    """The tensors of an adapter folder: prefixes by attention module, the aggregator, and where it stands."""
+    """The tensors of an adapter folder: prefixes by attention module, the aggregator, where it stands, and a head."""
 
     def __init__(self, folder: Path):
         config = json.loads((folder / "adapter_config.json").read_text())
@@ -34,7 +35,8 @@ class SavedAdapter:
         tensors = load_file(folder / "adapter_model.safetensors")
         self.tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
         (weight,) = (name for name in self.tensors if name.endswith("parscale_aggregator.0.weight"))
-        self.decoder_name = weight.removesuffix(".parscale_aggregator.0.weight")
+        self.decoder_name = weight.removesuffix("parscale_aggregator.0.weight").removesuffix(".")
+        self.head = {name: tensor for name, tensor in self.tensors.items() if "parscale_" not in name}
 
     def prefixes(self, backbone: nn.Module, stream: int) -> Prefixes:
         """Keys and values `[1, heads, n, size]` of one stream by the attention module that they belong to."""
@@ -102,6 +104,7 @@ def _prefixes_in_eager_attention(prefixes: Prefixes) -> Iterator[None]:
 def logits_by_brute_force(backbone: PreTrainedModel, folder: Path, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Logits of the adapter saved in `folder` on `backbone`, a plain model with eager attention."""
     adapter = SavedAdapter(folder)
+    backbone.load_state_dict(adapter.head, strict=False)
     decoder = backbone.get_submodule(adapter.decoder_name)
     hidden_states: list[torch.Tensor] = []
 
@@ -121,6 +124,6 @@ def logits_by_brute_force(backbone: PreTrainedModel, folder: Path, inputs: dict[
             backbone(**inputs, use_cache=False)
     hook.remove()
     hook = decoder.register_forward_hook(replace)
-    logits = backbone(**inputs, use_cache=False).logits
+    logits = answer_of(backbone(**inputs, use_cache=False))
     hook.remove()
     return logits

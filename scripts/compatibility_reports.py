@@ -17,8 +17,8 @@ from unittest.mock import patch
 import torch
 import transformers
 from compatibility_case import Case, NotApplicable, describe_error
-from compatibility_checks import CHECKS
-from tiny_architectures import MODEL_TYPES, NOT_ALONE, tiny_model
+from compatibility_checks import checks_of
+from tiny_architectures import CLASS_NAMES, NOT_ALONE, task_of, tiny_model
 from transformers import PreTrainedConfig
 
 import parscale_adapt
@@ -43,7 +43,7 @@ class Outcome:
 
 @dataclass
 class Report:
-    """What was found for one model type.
+    """What was found for one model type, or for one of `tiny_architectures.OTHER_TASKS`.
 
     `impossible` says why no tiny model could be built, `refused` is the package's own sentence where it refuses the
     model. `layers` are the kinds of layers, `prefixes` sizes of the prefixes and how many attention modules have them.
@@ -72,10 +72,11 @@ class Report:
 def examine(
     model_type: str,
     implementations: Sequence[str] = IMPLEMENTATIONS,
-    checks: dict[str, Callable[[Case], str]] = CHECKS,
+    checks: dict[str, Callable[[Case], str]] | None = None,
 ) -> Report:
-    """Run `checks` on a tiny model of that type, under each of `implementations` that it has."""
-    report = Report(model_type, MODEL_TYPES[model_type])
+    """Run `checks`, by default all of its task, on a tiny model, under each of `implementations` that it has."""
+    report = Report(model_type, CLASS_NAMES[model_type])
+    checks = checks_of(task_of(model_type)) if checks is None else checks
     try:
         model = tiny_model(model_type)
     except Exception as error:
@@ -173,7 +174,7 @@ def examine_apart(
         process.kill()
         process.join()
         receiving.close()
-    return Report(model_type, MODEL_TYPES[model_type], outcomes=[Outcome(RUNNING, "", FAILS, problem)])
+    return Report(model_type, CLASS_NAMES[model_type], outcomes=[Outcome(RUNNING, "", FAILS, problem)])
 
 
 def _send_report(sending: Connection, examiner: Callable, model_type: str, implementations: Sequence[str]) -> None:

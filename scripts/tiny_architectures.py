@@ -1,4 +1,4 @@
-"""A tiny random model of every architecture that transformers knows as a causal LM.
+"""A tiny random model of every architecture that transformers knows as a causal LM, and of ten with other heads.
 
 Sizes are set by the names that configs share, in nested configs too. Where that isn't enough, `OVERRIDES` says what
 else has to shrink. It serves to build tiny models here; the package itself has no table of architectures.
@@ -8,12 +8,42 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.utils import ModelOutput
 
 
+CAUSAL_LM, SEQ_CLS = "CAUSAL_LM", "SEQ_CLS"
 # Every model type of transformers' causal-LM mapping, and the name of its class.
-MODEL_TYPES: dict[str, str] = dict(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()))
+MODEL_TYPES: dict[str, str] = dict(sorted(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()))
+_AUTO_CLASSES = {
+    CAUSAL_LM: transformers.AutoModelForCausalLM,
+    SEQ_CLS: transformers.AutoModelForSequenceClassification,
+    "TOKEN_CLS": transformers.AutoModelForTokenClassification,
+    "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
+    "FEATURE_EXTRACTION": transformers.AutoModel,
+}
+# Dense ones, experts, linear attention, windows, learned positions.
+_WITH_OTHER_HEADS = (
+    "gpt2",
+    "gpt_neox",
+    "llama",
+    "mistral",
+    "mixtral",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "qwen3_next",
+    "smollm3",
+)
+# The same for other tasks, by model type and task.
+OTHER_TASKS: dict[str, str] = {
+    f"{model_type}:{task}": auto_class._model_mapping[CONFIG_MAPPING[model_type]].__name__
+    for model_type in _WITH_OTHER_HEADS
+    for task, auto_class in _AUTO_CLASSES.items()
+    if task != CAUSAL_LM
+}
+CLASS_NAMES = MODEL_TYPES | OTHER_TASKS
 VOCABULARY = 97
 WINDOW = 6
 NUM_ATTENTION_HEADS = 4
@@ -255,17 +285,30 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
     return config_class(**_merge(_generic_sizes(config_class), OVERRIDES.get(model_type, {})))
 
 
-def tiny_model(model_type: str, attn_implementation: str | None = None, seed: int = 0) -> PreTrainedModel:
-    """A causal LM in evaluation mode, whose weights are large enough for its attention to be far from uniform.
+def task_of(subject: str) -> str:
+    """What the model of a model type is for, `CAUSAL_LM` unless it is named as in `OTHER_TASKS`."""
+    return subject.partition(":")[2] or CAUSAL_LM
+
+
+def answer_of(output: ModelOutput) -> torch.Tensor:
+    """What a model says: logits, those of first and last token `[B, T, 2]`, or the states where there is no head."""
+    if "start_logits" in output:
+        return torch.stack([output["start_logits"], output["end_logits"]], dim=-1)
+    return output["logits"] if "logits" in output else output["last_hidden_state"]
+
+
+def tiny_model(subject: str, attn_implementation: str | None = None, seed: int = 0) -> PreTrainedModel:
+    """A model in evaluation mode, whose weights are large enough for its attention to be far from uniform.
 
     Args:
-        model_type: one of `MODEL_TYPES`.
+        subject: one of `MODEL_TYPES` for a causal LM, or of `OTHER_TASKS`.
         attn_implementation: None for what transformers picks.
         seed: of the weights; the same seed gives the same model.
 
     Raises:
         ValueError: the type is among `NOT_ALONE`, or doesn't know that attention implementation.
     """
+    model_type = subject.partition(":")[0]
     if model_type in NOT_ALONE:
         raise ValueError(NOT_ALONE[model_type])
     torch.manual_seed(seed)
@@ -273,4 +316,6 @@ def tiny_model(model_type: str, attn_implementation: str | None = None, seed: in
     if model_type in DECODER_CONFIGS:
         model_class = getattr(transformers, MODEL_TYPES[model_type])
         return model_class._from_config(config.decoder, attn_implementation=attn_implementation).eval()
-    return AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation).eval()
+    if task_of(subject) != CAUSAL_LM:
+        config.num_labels = 3
+    return _AUTO_CLASSES[task_of(subject)].from_config(config, attn_implementation=attn_implementation).eval()

@@ -21,7 +21,7 @@ from .files import stream_tensors, tensors_for_file, tensors_from_file
 from .hosts import remove_streams
 from .layer import DecoderStreams
 from .registration import register_method
-from .shared_lora import lora_by_row, remove_idle_lora
+from .shared_lora import modules_by_row, remove_idle_lora
 from .state import checkpoint_key, load_backbone, trains_backbone
 
 
@@ -124,7 +124,7 @@ class ParScaleModel(AttachingTuner):
         if streams is None:  # no adapter has more than one stream
             yield
             return
-        with streams.mixed_batches(adapters, may_repeat), lora_by_row(self.model, streams.adapters_of_rows):
+        with streams.mixed_batches(adapters, may_repeat), modules_by_row(self.model, streams.adapters_of_rows):
             yield
 
     def generate_batch(self, *args, **kwargs) -> dict[str, GenerationOutput]:

@@ -113,24 +113,29 @@ def _and_trained_copies(excluded: list[str] | str | None, model: nn.Module) -> l
 
 
 @contextmanager
-def lora_by_row(model: nn.Module, adapters_of_rows: Callable[[int], Sequence[str | None] | None]) -> Iterator[None]:
-    """In batches that mix adapters, let every row run the shared LoRA of its own one, by PEFT's `adapter_names`.
+def modules_by_row(model: nn.Module, adapters_of_rows: Callable[[int], Sequence[str | None] | None]) -> Iterator[None]:
+    """In batches that mix adapters, let every row run the shared LoRA and the `modules_to_save` of its own one, by PEFT's
+    `adapter_names`.
 
     Args:
-        model: the causal LM.
+        model: the backbone.
         adapters_of_rows: the adapter of each of so many rows, None for the plain backbone; None where none are mixed.
     """
 
-    def name_rows(layer: LoraLayer, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def name_rows(
+        module: LoraLayer | AuxiliaryTrainingWrapper, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
         names = adapters_of_rows(len(args[0]))
         if names is None:
             return args, kwargs
-        return args, {**kwargs, "adapter_names": ["__base__" if name is None else name for name in names]}
+        # LoRA layers pass by what they don't hold themselves.
+        held = module._adapters if isinstance(module, AuxiliaryTrainingWrapper) else {*names}
+        return args, {**kwargs, "adapter_names": [name if name in held and name else "__base__" for name in names]}
 
     with ExitStack() as stack:
-        for layer in model.modules():
-            if isinstance(layer, LoraLayer):
-                stack.callback(layer.register_forward_pre_hook(name_rows, with_kwargs=True).remove)
+        for module in model.modules():
+            if isinstance(module, LoraLayer | AuxiliaryTrainingWrapper):
+                stack.callback(module.register_forward_pre_hook(name_rows, with_kwargs=True).remove)
         yield
 
 

@@ -103,7 +103,7 @@ def test_a_model_of_images_alone_is_refused():
     model = AutoModel.from_config(
         AutoConfig.for_model("vit", hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     )
-    with pytest.raises(ValueError, match="ViTModel reads its tokens from .* and not from one embedding"):
+    with pytest.raises(ValueError, match=r"ViTModel reads its tokens from .* and not from one embedding"):
         find_decoder(model)
 
 

@@ -57,7 +57,7 @@ def _scripts_can_be_imported():
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", PREFIXES)
 def test_every_property_holds(model_type):
-    from compatibility_checks import CHECKS
+    from compatibility_checks import checks_of
     from compatibility_reports import examine
 
     report = examine(model_type)
@@ -67,9 +67,28 @@ def test_every_property_holds(model_type):
     assert report.prefixes == PREFIXES[model_type]
     assert report.implementations == (["eager"] if model_type in EAGER_ONLY else ["sdpa", "eager"])
     found = {(outcome.check, outcome.implementation) for outcome in report.outcomes}
-    assert found == {(check, implementation) for check in CHECKS for implementation in report.implementations}
+    checks = checks_of("CAUSAL_LM")
+    assert found == {(check, implementation) for check in checks for implementation in report.implementations}
     remarks = {outcome.check: outcome.remark for outcome in report.outcomes if outcome.remark}
     assert remarks == NOT_APPLICABLE.get(model_type, {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"])
+def test_every_property_holds_for_other_heads(task):
+    from compatibility_checks import checks_of
+    from compatibility_reports import examine
+    from tiny_architectures import OTHER_TASKS
+
+    names = [name for name in OTHER_TASKS if name.endswith(f":{task}")]
+    assert len(names) == 10
+    for name in names:
+        report = examine(name)
+        assert [(outcome.check, outcome.remark) for outcome in report.failures] == []
+        assert report.works, name
+        assert report.implementations == ["sdpa", "eager"]
+        assert {outcome.check for outcome in report.outcomes} == set(checks_of(task))
+        assert [outcome for outcome in report.outcomes if outcome.remark] == []
 
 
 @pytest.mark.parametrize(
@@ -170,6 +189,7 @@ DEFECTS = {
     "causality": in_model(by_later_tokens),
     "batch": in_model(by_other_rows),
     "left-padding": in_model(by_position),
+    "pooling": in_model(by_position),
     "default cache": in_model(while_caching),
     "greedy": in_model(while_caching),
     "beams": with_stuck_beams,
@@ -185,7 +205,7 @@ def outcome_of(check, *changes):
     from compatibility_checks import CHECKS
     from compatibility_reports import run_check
 
-    case = Case("llama", "sdpa")
+    case = Case("llama:SEQ_CLS" if check == "pooling" else "llama", "sdpa")
     for change in changes:
         change(case)
     return run_check(check, CHECKS[check], case)
@@ -211,6 +231,7 @@ def test_a_check_fails_where_the_property_is_broken(check):
         ("causality", by_later_tokens),
         ("batch", by_other_rows),
         ("left-padding", by_position),
+        ("pooling", by_position),
         ("greedy", while_caching),
         ("beams", while_caching),
     ],

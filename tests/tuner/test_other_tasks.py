@@ -170,6 +170,24 @@ def test_sequence_classification_reads_the_last_token_that_is_no_padding(side):
     assert (alone - said(tiny_for("SEQ_CLS"), input_ids=input_ids, attention_mask=mask)).abs().max() > 0.1
 
 
+@with_a_head
+def test_samples_of_one_batch_run_the_streams_and_the_head_of_their_own_adapters(task):
+    model = in_streams(task)
+    torch.manual_seed(5)
+    model.add_adapter("other", ParScaleConfig(task_type=task, num_streams=2, num_prefix_tokens=5, init_std=0.5))
+    change_head(model.eval(), "other", seed=7)
+    rows, alone = random_tokens(3), {}
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        alone[name] = said(model, input_ids=rows)
+    with model.disable_adapter():
+        alone["__base__"] = said(model, input_ids=rows)
+    names = ["default", "other", "__base__"]
+    found = said(model, input_ids=rows, adapter_names=names)
+    for number, name in enumerate(names):
+        torch.testing.assert_close(found[number], alone[name][number], atol=1e-5, rtol=1e-5)
+
+
 def test_streams_grow_with_their_head():
     model = in_streams("SEQ_CLS", 2)
     grow_streams(model, "default", "grown", 4, perturbation=0)
