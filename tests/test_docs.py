@@ -7,7 +7,8 @@ import re
 import pytest
 import torch
 from support.tiny_models import VOCABULARY, tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding
+from support.tiny_tasks import tiny_for
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BatchEncoding
 
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -43,6 +44,8 @@ def python_blocks(name):
 def test_the_blocks_of_a_document_run(name, adapters, active, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: tiny_model())
+    classifier = AutoModelForSequenceClassification
+    monkeypatch.setattr(classifier, "from_pretrained", lambda *args, **kwargs: tiny_for("SEQ_CLS"))
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args, **kwargs: ByteTokenizer())
     blocks = python_blocks(name)
     assert len(blocks) >= 3

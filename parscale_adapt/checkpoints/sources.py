@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, TaskType
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -41,10 +41,15 @@ def find_source(adapter: str, backbone: str | None = None) -> Source:
         backbone: folder or hub repository; the one that the adapter names by default.
 
     Raises:
-        ValueError: there is no such adapter, it is of another method, a file is damaged, or no backbone is known.
+        ValueError: there is no such adapter, it is of another method or task, a file is damaged, or no backbone is known.
     """
     folder = find_adapter(adapter).folder
     config = ParScaleConfig.from_pretrained(str(folder))
+    if config.task_type not in (None, TaskType.CAUSAL_LM):
+        raise ValueError(
+            f"The adapter {adapter} is for {TaskType(config.task_type).value}, and this is for causal LMs alone: load it with "
+            "PEFT on its backbone."
+        )
     TensorHeaders(folder, ADAPTER_WEIGHTS)
     name = backbone or config.base_model_name_or_path
     if name:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from support.outputs import logits
 from support.published_checkpoints import change_tensors
 from support.tiny_models import tiny_model, with_streams
+from support.tiny_tasks import in_streams
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
 from parscale_adapt.checkpoints import exporting
@@ -72,6 +73,13 @@ def test_one_stream_is_the_plain_backbone_with_what_was_trained(tmp_path, fields
         == load_file(adapter.parent / "backbone" / "model.safetensors").keys()
     )
     torch.testing.assert_close(logits(model), source_logits(adapter), atol=1e-5, rtol=0)
+
+
+def test_an_adapter_of_another_task_is_refused(tmp_path):
+    in_streams("SEQ_CLS").save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="is for SEQ_CLS, and this is for causal LMs alone: load it with PEFT"):
+        export_adapter(str(tmp_path / "adapter"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_backbone_can_be_named(tmp_path, adapter):
