@@ -163,7 +163,7 @@ def embedding_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     }
 
 
-def full_shape(parameter: torch.Tensor) -> tuple[int, ...]:
+def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """The shape of a parameter before any sharding."""
     return tuple(parameter.ds_shape if is_partitioned(parameter) else parameter.shape)
 
