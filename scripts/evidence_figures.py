@@ -6,6 +6,7 @@ import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from evidence_rows import FINISHED
@@ -29,15 +30,16 @@ class Difference:
 
 
 class Results:
-    """The finished main rows of a table, by experiment.
+    """The finished rows of the runs, by experiment, and the sweeps.
 
     Args:
-        rows: of the CSV.
+        rows: of the table of the runs.
+        sweeps: of the table of the sweeps.
     """
 
-    def __init__(self, rows: Sequence[dict[str, str]]):
-        self.rows = [row for row in rows if row["stage"] == "main" and row["status"] == FINISHED]
-        self.sweeps = [row for row in rows if row["stage"] == "sweep"]
+    def __init__(self, rows: Sequence[dict[str, str]], sweeps: Sequence[dict[str, str]]):
+        self.rows = [row for row in rows if row["status"] == FINISHED]
+        self.sweeps = sweeps
 
     def of(self, name: str) -> list[dict[str, str]]:
         """Rows of an experiment, a seed each."""
@@ -102,6 +104,43 @@ class Results:
         """Tokens and held-out loss while training, the mean over the seeds."""
         curves = [json.loads(row["curve"]) for row in self.of(name)]
         return [(points[0][0], statistics.mean(point[1] for point in points)) for points in zip(*curves)]
+
+
+class Decoding:
+    """Decoding as benchmarks/decode.py measured it with a dynamic cache.
+
+    Args:
+        figures: of its JSON file.
+    """
+
+    def __init__(self, figures: dict[str, Any]):
+        self.machine: str = figures["machine"]
+        self._arguments = figures["arguments"]
+        steps = [step for step in figures["steps"] if step["cache"] == "dynamic"]
+        self._milliseconds = {(step["num_streams"], step["input_len"]): step["ms_per_token"] for step in steps}
+        self._memory = {(row["num_streams"], row["input_len"]): row["memory_gib"] for row in figures["rows"]}
+        self.streams = sorted({count for count, _ in self._milliseconds})
+        self.contexts = sorted({context for _, context in self._milliseconds})
+
+    @property
+    def command(self) -> str:
+        """What measures this again."""
+        contexts = " ".join(str(context) for context in self.contexts)
+        streams = " ".join(str(count) for count in self.streams if count > 1)
+        shape = f"--streams {streams} --contexts {contexts} --output_len {self._arguments['output_len']}"
+        return f"python benchmarks/decode.py --model FOLDER {shape}"
+
+    def milliseconds(self, num_streams: int, context: int) -> float:
+        """Median time of a token."""
+        return self._milliseconds[num_streams, context]
+
+    def ratio(self, num_streams: int, context: int) -> float:
+        """Time per token over the backbone's."""
+        return self.milliseconds(num_streams, context) / self.milliseconds(1, context)
+
+    def memory_gib(self, num_streams: int, context: int) -> float:
+        """Peak of the tensors."""
+        return self._memory[num_streams, context]
 
 
 def training_arithmetic(row: dict[str, str], tokens: int) -> float:

@@ -1,4 +1,4 @@
-"""Write docs/evidence.md and its pictures from docs/evidence/smollm2.csv.
+"""Write docs/evidence.md and its pictures from the tables in docs/evidence/.
 
     python scripts/evidence_page.py
 
@@ -9,20 +9,24 @@ whose rows have not been run are left out, and the page says which these are.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
+import evidence_law as law
 import evidence_pictures as pictures
 import evidence_prose as prose
-from evidence_figures import ENGLISH, Results, training_arithmetic
+from evidence_figures import ENGLISH, Decoding, Results, training_arithmetic
 from evidence_plan import RANK_OF_LORA_AND_STREAMS, RANK_OF_STREAMS, STREAMS, SWEEP_STEPS, experiments
 from evidence_rows import read_rows
+from evidence_text import markdown_table
+from law_lab import COLUMNS as LAW_COLUMNS
 
 from parscale_adapt.files import write_text
 
 
 ROOT = Path(__file__).resolve().parents[1]
-TABLE = ROOT / "docs" / "evidence" / "smollm2.csv"
+TABLES = ROOT / "docs" / "evidence"
 PAGE = ROOT / "docs" / "evidence.md"
 IMAGES = ROOT / "docs" / "images"
 PRICED = {
@@ -34,12 +38,6 @@ PRICED = {
     "streams4": "4 streams",
     "full1": "full training, P=1",
 }
-
-
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table with its first column to the left and all others to the right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def label(name: str) -> str:
@@ -92,6 +90,7 @@ def all_rows_table(results: Results) -> str:
         rows.append(
             [
                 label(name),
+                f"`{name}`",
                 _millions(results, name),
                 str(len(seeds)),
                 f"{results.mean(name, 'tuning_loss_before') - results.mean('backbone', 'tuning_loss'):+.4f}",
@@ -100,7 +99,7 @@ def all_rows_table(results: Results) -> str:
                 entropy,
             ]
         )
-    return markdown_table(("", "trained", "seeds", "start", "held-out loss", *ENGLISH, "entropy"), rows)
+    return markdown_table(("", "name", "trained", "seeds", "start", "held-out loss", *ENGLISH, "entropy"), rows)
 
 
 def rates_table(results: Results) -> str:
@@ -113,37 +112,64 @@ def rates_table(results: Results) -> str:
     return markdown_table(("", "loss by rate", "taken"), rows)
 
 
-def price_table(results: Results) -> str:
+def price_table(results: Results, names: Sequence[str]) -> str:
     """Tokens and arithmetic of training."""
     plain = results.of("lora8")[0]
     unit = training_arithmetic(plain, int(plain["tokens"]))
     rows = []
-    for name in PRICED:
+    for name in names:
         row = results.of(name)[0]
         share = training_arithmetic(row, int(row["tokens"])) / unit
         rows.append([label(name), f"{int(row['tokens']):,}", f"{share:.1f}", f"{results.mean(name):.4f}"])
     return markdown_table(("", "tokens", "arithmetic (LoRA r=8 = 1)", "held-out loss"), rows)
 
 
+def decoding_table(decoding: Decoding) -> str:
+    """Measured time and memory of decoding, by P."""
+    rows = [
+        [
+            "backbone" if count == 1 else f"{count} streams",
+            *(
+                f"{decoding.milliseconds(count, context):.0f} ({decoding.ratio(count, context):.2f})"
+                for context in decoding.contexts
+            ),
+            *(f"{decoding.memory_gib(count, context):.2f} GiB" for context in decoding.contexts),
+        ]
+        for count in decoding.streams
+    ]
+    contexts = [f"{context:,}" for context in decoding.contexts]
+    header = ("", *(f"ms at {context}" for context in contexts), *(f"memory at {context}" for context in contexts))
+    return markdown_table(header, rows)
+
+
 def _millions(results: Results, name: str) -> str:
     return f"{results.mean(name, 'trained_params') / 1e6:.2f}M"
 
 
-def page_text(rows: list[dict[str, str]]) -> str:
-    """The page in Markdown, from the rows of the table."""
-    results = Results(rows)
-    planned = list(dict.fromkeys(run.name for run, _ in experiments(rows, num_seeds=1)))
+def page_text(
+    rows: list[dict[str, str]], sweeps: list[dict[str, str]], lab: list[dict[str, str]], decoding: Decoding | None
+) -> str:
+    """The page in Markdown, from the rows of the tables; `lab` may be empty."""
+    results = Results(rows, sweeps)
+    planned = list(dict.fromkeys(run.name for run, _ in experiments(sweeps, num_seeds=1)))
     beside = [(f"lora8+streams{count}", f"lora{RANK_OF_LORA_AND_STREAMS[count]}") for count in STREAMS]
     alone = [(f"streams{count}", f"lora{RANK_OF_STREAMS[count]}") for count in STREAMS]
     alone += [(f"streams{count}", f"prefix_tuning{count * 48}") for count in STREAMS]
-    parts = [prose.TITLE, prose.answer_so_far(results)]
+    parts = [prose.TITLE, prose.answer(results)]
     parts += _section(results, prose.BESIDE_LORA, beside)
     parts += _section(results, prose.ALONE, alone)
-    parts += [prose.RATES.format(steps=SWEEP_STEPS), rates_table(results)]
-    if set(PRICED) <= set(results.names()):
-        parts += [prose.PRICE, price_table(results)]
+    if pictures.shown_streams(results):
+        parts.append("![loss by P, with baselines of the same size](images/evidence_loss_by_streams.png)")
+    priced = [name for name in PRICED if results.of(name) and results.of("lora8")]
+    if priced:
+        parts += [prose.PRICE, price_table(results, priced), "![loss against price](images/evidence_price.png)"]
+    if decoding is not None:
+        parts += [prose.DECODING.format(command=decoding.command, machine=decoding.machine), decoding_table(decoding)]
+    parts += [prose.hints(results), prose.RATES.format(steps=SWEEP_STEPS), rates_table(results)]
+    if lab:
+        parts.append(law.section(lab, law.fits(TABLES / "law_lab.csv")))
     if len(results.names()) > 1:
-        parts += [prose.ALL_ROWS, all_rows_table(results)]
+        parts += [prose.ALL_ROWS, all_rows_table(results), "![gained and forgotten](images/evidence_forgetting.png)"]
     parts += [prose.setup(results), prose.not_run(results, planned)]
     return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
 
@@ -154,21 +180,43 @@ def _section(results: Results, text: str, pairs: list[tuple[str, str]]) -> list[
 
 
 def write_pictures(results: Results, folder: Path) -> None:
-    """The page's pictures, once all rows are there."""
-    pictures.save(pictures.loss_by_streams(results), folder / "evidence_loss_by_streams.png")
+    """The page's pictures of the runs that are there, if any."""
+    if len(results.names()) <= 1:
+        return
+    if pictures.shown_streams(results):
+        pictures.save(pictures.loss_by_streams(results), folder / "evidence_loss_by_streams.png")
     shown = {name: label(name) for name in results.names() if name != "backbone"}
     pictures.save(pictures.gain_and_forgetting(results, shown), folder / "evidence_forgetting.png")
-    pictures.save(pictures.loss_by_price(results, PRICED), folder / "evidence_price.png")
+    priced = {name: text for name, text in PRICED.items() if results.of(name)}
+    pictures.save(pictures.loss_by_price(results, priced), folder / "evidence_price.png")
+
+
+def read_decoding(file: Path) -> Decoding | None:
+    """What `benchmarks/decode.py --json` wrote; None if it wasn't run."""
+    return Decoding(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+
+
+def read_tables(
+    folder: Path,
+) -> tuple[list[dict[str, str]], list[dict[str, str]], list[dict[str, str]], Decoding | None]:
+    """What [`page_text`] takes."""
+    lab = folder / "law_lab.csv"
+    return (
+        read_rows(folder / "runs.csv"),
+        read_rows(folder / "sweeps.csv"),
+        read_rows(lab, LAW_COLUMNS) if lab.is_file() else [],
+        read_decoding(folder / "decode.json"),
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
-    rows = read_rows(TABLE)
-    write_text(PAGE, page_text(rows))
-    results = Results(rows)
-    if all(results.of(name) for names in pictures.SERIES.values() for name in names.values()):
-        write_pictures(results, IMAGES)
+    tables = read_tables(TABLES)
+    write_text(PAGE, page_text(*tables))
+    write_pictures(Results(*tables[:2]), IMAGES)
+    if tables[2]:
+        pictures.save(law.picture(law.fits(TABLES / "law_lab.csv")["log"]), IMAGES / "evidence_law.png")
     print(f"{PAGE} is written")
 
 

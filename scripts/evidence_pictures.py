@@ -21,19 +21,25 @@ SERIES = {
 }
 
 
+def shown_streams(results: Results) -> list[int]:
+    """The P of which all series of the first picture are there."""
+    return [count for count in STREAMS if all(results.of(names[count]) for names in SERIES.values())]
+
+
 def loss_by_streams(results: Results) -> Figure:
     """Held-out loss against P with the baselines of the same number of trained parameters."""
     with matplotlib.rc_context(GROUND):
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes = figure.subplots()
+        counts = shown_streams(results)
         for (label, names), colour, marker in zip(SERIES.items(), COLOURS[1:], MARKERS):
-            means = [results.mean(names[count]) for count in STREAMS]
-            spreads = [results.spread(names[count]) for count in STREAMS]
+            means = [results.mean(names[count]) for count in counts]
+            spreads = [results.spread(names[count]) for count in counts]
             below = [mean - low for mean, (low, _) in zip(means, spreads)]
             above = [high - mean for mean, (_, high) in zip(means, spreads)]
-            axes.errorbar(STREAMS, means, (below, above), color=colour, marker=marker, capsize=3, label=label)
+            axes.errorbar(counts, means, (below, above), color=colour, marker=marker, capsize=3, label=label)
         axes.set_xscale("log", base=2)
-        axes.set_xticks(STREAMS, [str(count) for count in STREAMS])
+        axes.set_xticks(counts, [str(count) for count in counts])
         axes.set_xlabel("P (streams, or the baseline of the same number of trained parameters)")
         axes.set_ylabel("held-out loss, nats per token")
         axes.set_title(f"SmolLM2-135M on unseen Python; the backbone alone has {results.mean('backbone'):.3f}")

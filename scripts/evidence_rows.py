@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -40,15 +40,25 @@ class Table:
     Args:
         file: read if it is there, written whole with every new row.
         shared: see [`shared_columns`].
+        columns: of the file, `status` among them.
+        key: the two columns that tell rows apart.
 
     Raises:
         ValueError: the file has rows with other data, of another machine or of other versions.
     """
 
-    def __init__(self, file: Path, shared: dict[str, str]):
+    def __init__(
+        self,
+        file: Path,
+        shared: dict[str, str],
+        columns: Sequence[str] = COLUMNS,
+        key: tuple[str, str] = ("name", "seed"),
+    ):
         self.file = file
         self.shared = shared
-        self.rows = read_rows(file) if file.is_file() else []
+        self.columns = columns
+        self.key = key
+        self.rows = read_rows(file, columns) if file.is_file() else []
         for row in self.rows:
             for column in SHARED:
                 if row[column] != shared[column]:
@@ -58,31 +68,32 @@ class Table:
                     )
 
     def add(self, row: dict[str, object]) -> None:
-        """Put a row in the place of the one with its name and seed, or at the end."""
-        complete = {column: _cell(({**row, **self.shared}).get(column, "")) for column in COLUMNS}
-        keys = [(other["name"], other["seed"]) for other in self.rows]
-        if (complete["name"], complete["seed"]) in keys:
-            self.rows[keys.index((complete["name"], complete["seed"]))] = complete
+        """Put a row in the place of the one with its key, or at the end."""
+        complete = {column: _cell(({**row, **self.shared}).get(column, "")) for column in self.columns}
+        keys = [self._key(other) for other in self.rows]
+        if self._key(complete) in keys:
+            self.rows[keys.index(self._key(complete))] = complete
         else:
             self.rows.append(complete)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.file, self._write)
 
-    def has(self, name: str, seed: int) -> bool:
-        """Whether the row has been finished; a diverged one has."""
-        return any(
-            row["name"] == name and row["seed"] == str(seed) and row["status"].startswith((FINISHED, DIVERGED))
-            for row in self.rows
-        )
+    def has(self, *key: object) -> bool:
+        """Whether the row of a key has been finished; a diverged one has."""
+        wanted = tuple(str(value) for value in key)
+        return any(self._key(row) == wanted and row["status"].startswith((FINISHED, DIVERGED)) for row in self.rows)
+
+    def _key(self, row: dict[str, str]) -> tuple[str, ...]:
+        return tuple(row[column] for column in self.key)
 
     def _write(self, file: Path) -> None:
         with open(file, "w", newline="", encoding="utf-8") as opened:
-            writer = csv.DictWriter(opened, COLUMNS, lineterminator="\n")
+            writer = csv.DictWriter(opened, self.columns, lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.rows)
 
 
-def read_rows(file: Path) -> list[dict[str, str]]:
+def read_rows(file: Path, columns: Sequence[str] = COLUMNS) -> list[dict[str, str]]:
     """All rows of a table.
 
     Raises:
@@ -90,7 +101,7 @@ def read_rows(file: Path) -> list[dict[str, str]]:
     """
     with open(file, newline="", encoding="utf-8") as opened:
         reader = csv.DictReader(opened)
-        missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
+        missing = [column for column in columns if column not in (reader.fieldnames or ())]
         if missing:
             raise ValueError(f"{file} has no column {missing[0]!r}: it isn't a table of this version; name another.")
         return list(reader)

@@ -12,7 +12,6 @@ trained; finished rows are skipped. Everything starts from N(0, 0.02) and is tra
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
 import math
 import multiprocessing
@@ -24,7 +23,7 @@ from pathlib import Path
 
 import torch
 from evidence_corpus import installed, package_sources
-from evidence_rows import shared_columns
+from evidence_rows import DIVERGED, FINISHED, Table, shared_columns
 from peft import get_peft_model
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -40,18 +39,18 @@ from parscale_adapt.files import write_atomically
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("transformers", "torch", "scipy", "numpy", "trl", "datasets", "matplotlib", "huggingface_hub", "pandas")
 HELDOUT_PACKAGES = ("peft", "accelerate", "deepspeed")
-VOCAB_SIZE = 4096
-TRAIN_TOKENS = 10_000_000
-HELDOUT_TOKENS = 2**18
+VOCAB_SIZE = 1024
+TRAIN_TOKENS = 4_000_000
+HELDOUT_TOKENS = 2**17
 SEQUENCE_LENGTH = 256
-BATCH_SIZE = 32
+BATCH_SIZE = 4
 PEAK_RATE, LAST_RATE, WARMUP_STEPS = 3e-3, 3e-4, 100
 # With the paper's 48, prefixes would double the smallest model; fit-law counts them as parameters.
 NUM_PREFIX_TOKENS = 8
 STREAMS = (1, 2, 4, 8)
 DIAGNOSED_ROWS = 64
 COLUMNS = (
-    "size", "num_streams", "num_params", "backbone_params", "loss", "own_loss", "averaged_loss", "rho", "tokens",
+    "size", "num_streams", "status", "num_params", "backbone_params", "loss", "own_loss", "averaged_loss", "rho", "tokens",
     "seconds", "data", "machine", "versions",
 )  # fmt: skip
 
@@ -121,6 +120,7 @@ def build(size: Size, num_streams: int) -> nn.Module:
         num_attention_heads=size.num_heads,
         num_key_value_heads=size.num_heads,
         max_position_embeddings=SEQUENCE_LENGTH,
+        initializer_range=0.6 / math.sqrt(size.hidden_size),  # what 0.02 is at the paper's width
         tie_word_embeddings=True,
         use_cache=False,
     )
@@ -144,16 +144,17 @@ def train_row(name: str, num_streams: int, file: Path, device: str) -> dict[str,
     begun = time.monotonic()
     _train(model, text.train, device)
     seconds = time.monotonic() - begun
+    loss = _heldout_loss(model, text.heldout, device)
     return {
         "size": name,
         "num_streams": num_streams,
+        "status": FINISHED if math.isfinite(loss) else f"{DIVERGED}: the loss is {loss}",
         "num_params": num_params,
         "backbone_params": sum(parameter.numel() for parameter in build(SIZES[name], 1).parameters()) - embeddings,
-        "loss": _heldout_loss(model, text.heldout, device),
+        "loss": loss,
         **(_stream_losses(model, text.heldout, device) if num_streams > 1 else {}),
         "tokens": TRAIN_TOKENS // (BATCH_SIZE * SEQUENCE_LENGTH) * BATCH_SIZE * SEQUENCE_LENGTH,
         "seconds": round(seconds, 1),
-        **shared_columns(text.fingerprint, torch.device(device)),
     }
 
 
@@ -198,39 +199,6 @@ def _stream_losses(model: nn.Module, tokens: torch.Tensor, device: str) -> dict[
     }
 
 
-def read_table(file: Path, shared: dict[str, str]) -> list[dict[str, str]]:
-    """Rows that are there.
-
-    Raises:
-        ValueError: they are of other data, of another machine or of other versions.
-    """
-    if not file.is_file():
-        return []
-    with open(file, newline="", encoding="utf-8") as opened:
-        rows = list(csv.DictReader(opened))
-    for row in rows:
-        for column, value in shared.items():
-            if row[column] != value:
-                raise ValueError(
-                    f"{file} has rows with {column} {row[column]!r}, and this run's is {value!r}: name another --csv."
-                )
-    return rows
-
-
-def write_table(file: Path, rows: list[dict[str, str]]) -> None:
-    """Write all rows, smallest size and P first."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    rows.sort(key=lambda row: (list(SIZES).index(row["size"]), int(row["num_streams"])))
-
-    def write(temporary: Path) -> None:
-        with open(temporary, "w", newline="", encoding="utf-8") as opened:
-            writer = csv.DictWriter(opened, COLUMNS, lineterminator="\n", restval="")
-            writer.writeheader()
-            writer.writerows(rows)
-
-    write_atomically(file, write)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -241,18 +209,17 @@ def main() -> None:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda was given, but torch sees no GPU here: leave it out.")
     text = load_text(arguments.text)
-    rows = read_table(arguments.csv, shared_columns(text.fingerprint, torch.device(arguments.device)))
-    there = {(row["size"], int(row["num_streams"])) for row in rows}
-    todo = [(name, count) for count in reversed(STREAMS) for name in reversed(SIZES) if (name, count) not in there]
-    print(f"{len(there)} rows are there, {len(todo)} to run", flush=True)
+    shared = shared_columns(text.fingerprint, torch.device(arguments.device))
+    table = Table(arguments.csv, shared, COLUMNS, ("size", "num_streams"))
+    todo = [(name, count) for count in STREAMS for name in SIZES if not table.has(name, count)]
+    print(f"{len(table.rows)} rows are there, {len(todo)} to run", flush=True)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.processes, context) as pool:
         running = [pool.submit(train_row, name, count, arguments.text, arguments.device) for name, count in todo]
         for future in as_completed(running):
-            row = {name: str(value) for name, value in future.result().items()}
-            rows.append(row)
-            write_table(arguments.csv, rows)
-            print(f"{row['size']} P={row['num_streams']}: {float(row['loss']):.4f}", flush=True)
+            row = future.result()
+            table.add(row)
+            print(f"{row['size']} P={row['num_streams']}: {row['status']} {row['loss']:.4f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """docs/evidence.md says what its table says, and the page of a finished table has every section and picture."""
 
+import csv
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +26,7 @@ def finished(page):
     """Rows of every experiment with three seeds. The losses of `streams4` are those of `lora12` less 0.05 in each
     document; all others are drawn."""
     import evidence
-    from evidence_plan import experiments, sweeps
+    from evidence_plan import experiments, sweep_plan
     from evidence_rows import COLUMNS, FINISHED
 
     generator = np.random.default_rng(0)
@@ -49,18 +51,51 @@ def finished(page):
         }
         return {column: str(filled.get(column, "")) for column in COLUMNS}
 
-    rows = [row(run, 0) for family in sweeps().values() for run in family]
-    return rows + [row(run, seed) for run, seed in experiments(rows, 3)]
+    swept = [row(run, seed) for run, seed in sweep_plan()]
+    return [row(run, seed) for run, seed in experiments(swept, 3)], swept
 
 
-def test_the_page_is_what_the_table_gives(page):
-    assert page.PAGE.read_text(encoding="utf-8") == page.page_text(page.read_rows(page.TABLE)), (
+@pytest.fixture
+def lab():
+    """Rows that follow equation 5 exactly."""
+    from law_lab import COLUMNS, SIZES, STREAMS
+
+    rows = []
+    for size, num_params in zip(SIZES, (1e5, 3e5, 1.2e6)):
+        for count in STREAMS:
+            loss = (1e6 / (num_params * (0.3 * math.log(count) + 1))) ** 0.2 + 1.5
+            given = {"size": size, "num_streams": count, "status": "finished", "num_params": num_params, "loss": loss}
+            given |= {"tokens": 1000, "machine": "CPU", "rho": 0.99 if count > 1 else ""}
+            rows.append({column: str(given.get(column, "")) for column in COLUMNS})
+    return rows
+
+
+@pytest.fixture
+def decoding(page):
+    """P streams take P times the backbone's time less 1 ms at a context of 64, and P times at 1,024."""
+    steps = [
+        {
+            "num_streams": count,
+            "cache": cache,
+            "input_len": length,
+            "ms_per_token": 10.0 * count - (length == 64) * (count > 1),
+        }
+        for count in (1, 2, 4, 8)
+        for cache in ("dynamic", "static")
+        for length in (64, 1024)
+    ]
+    rows = [{**step, "memory_gib": 0.5 * step["num_streams"]} for step in steps if step["cache"] == "dynamic"]
+    return page.Decoding({"machine": "CPU", "arguments": {"output_len": 16}, "steps": steps, "rows": rows})
+
+
+def test_the_page_is_what_the_tables_give(page):
+    assert page.PAGE.read_text(encoding="utf-8") == page.page_text(*page.read_tables(page.TABLES)), (
         "run `python scripts/evidence_page.py`"
     )
 
 
 def test_a_difference_is_paired_by_document(page, finished):
-    results = page.Results(finished)
+    results = page.Results(*finished)
     difference = results.difference("streams4", "lora12")
     assert difference.mean == pytest.approx(-0.05, abs=1e-9)
     assert difference.low < -0.05 < difference.high
@@ -72,30 +107,85 @@ def test_a_difference_is_paired_by_document(page, finished):
 
 def test_an_interval_is_that_of_documents_too(page, finished):
     """With one seed there is nothing else to draw."""
-    results = page.Results([row for row in finished if row["seed"] == "0"])
+    rows, swept = finished
+    results = page.Results([row for row in rows if row["seed"] == "0"], swept)
     difference = results.difference("streams4", "lora23")
     assert difference.low < difference.mean < difference.high
 
 
 def test_what_is_forgotten_is_what_the_loss_rose_by(page, finished):
-    rows = [{**row, "loss_chat": "2.3", "loss_gsm8k": "1.9"} if row["name"] == "lora12" else row for row in finished]
-    results = page.Results(rows)
+    rows, swept = finished
+    rows = [{**row, "loss_chat": "2.3", "loss_gsm8k": "1.9"} if row["name"] == "lora12" else row for row in rows]
+    results = page.Results(rows, swept)
     assert results.forgetting("lora12", "chat") == pytest.approx(0.3)
     assert results.forgetting("lora12") == pytest.approx((0.3 - 0.1) / 3)
 
 
-def test_a_finished_table_has_every_section(page, finished):
-    text = page.page_text(finished)
-    for heading in ("on top of a LoRA", "Streams alone", "Which learning rate", "Price", "Every row"):
+def test_finished_tables_have_every_section(page, finished, lab, decoding, tmp_path, monkeypatch):
+    rows, swept = finished
+    text = page.page_text(rows, swept, with_table(lab, tmp_path, page, monkeypatch), decoding)
+    for heading in (
+        "on top of a LoRA",
+        "Streams alone",
+        "Which learning rate",
+        "Price",
+        "The law in the small",
+        "Every row",
+    ):
         assert heading in text
     assert "What was not run" not in text
-    assert "| 4 streams | 3.50M |" in text
-    without = [row for row in finished if row["name"] != "streams8"]
-    assert "1 of 30 experiments wait for more time on a GPU: `streams8`." in page.page_text(without)
+    assert "| 4 streams | `streams4` | 3.50M | 3 |" in text
+    assert "| 4 streams | 39 (3.90) | 40 (4.00) | 2.00 GiB | 2.00 GiB |" in text
+    assert "Four streams are" in text
+    assert "0.0500 nats better" in text  # than the LoRA of the same size, as the fixture has it
+    without = [row for row in rows if row["name"] not in ("streams8", "lora8_4x_tokens")]
+    text = page.page_text(without, swept, [], None)
+    assert "2 of 30 experiments wait for more hours" in text
+    assert "`streams8`" in text
+    assert "(1 more of these answers wait for their runs.)" in text
+    assert "The law in the small" not in text
+
+
+def test_the_law_section_has_the_fit_of_its_rows(page, lab, tmp_path, monkeypatch):
+    import evidence_law
+
+    fitted = evidence_law.fits(tmp_path / "law_lab.csv") if with_table(lab, tmp_path, page, monkeypatch) else {}
+    text = evidence_law.section(lab, fitted)
+    assert fitted["log"].law.k == pytest.approx(0.3, abs=0.01)
+    assert "k = 0.30" in text
+    assert "explains 100.0% of the variance" in text
+    assert evidence_law.picture(fitted["log"]).axes
+    noisy = [{**row, "loss": str(float(row["loss"]) + 0.3 * (-1) ** i)} for i, row in enumerate(lab)]
+    with_table(noisy, tmp_path, page, monkeypatch)
+    assert "explains only" in evidence_law.section(noisy, evidence_law.fits(tmp_path / "law_lab.csv"))
+
+
+def with_table(lab, folder, page, monkeypatch):
+    """The rows of the lab, which are in the page's folder then."""
+    monkeypatch.setattr(page, "TABLES", folder)
+    with open(folder / "law_lab.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, lab[0])
+        writer.writeheader()
+        writer.writerows(lab)
+    return lab
+
+
+@pytest.mark.parametrize(
+    ("interval", "words"),
+    [
+        ((-0.02, -0.03, -0.01), "0.0200 nats better"),
+        ((0.02, 0.01, 0.03), "0.0200 nats worse"),
+        ((-0.02, -0.05, 0.01), "neither better nor worse"),
+    ],
+)
+def test_a_difference_is_called_what_its_interval_allows(page, interval, words):
+    from evidence_figures import Difference
+
+    assert page.prose.verdict(Difference(*interval)).startswith(words)
 
 
 def test_pictures_of_a_finished_table(page, finished, tmp_path):
-    page.write_pictures(page.Results(finished), tmp_path)
+    page.write_pictures(page.Results(*finished), tmp_path)
     for name in ("loss_by_streams", "forgetting", "price"):
         assert (tmp_path / f"evidence_{name}.png").read_bytes().startswith(b"\x89PNG")
 
