@@ -11,7 +11,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "parscale_adapt"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-SCRIPTS = sorted(path for folder in ("recipes", "benchmarks", "scripts") for path in (ROOT / folder).rglob("*.py"))
+FOLDERS_OF_SCRIPTS = ("recipes", "benchmarks", "scripts", "vllm_plugin/parscale_vllm")
+SCRIPTS = sorted(path for folder in FOLDERS_OF_SCRIPTS for path in (ROOT / folder).rglob("*.py"))
 
 # Which folder may import which: of every pair the second may import the first, never the other way.
 FOLDERS = (

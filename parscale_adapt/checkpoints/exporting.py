@@ -1,5 +1,6 @@
 """Adapters to checkpoints: one folder with everything in it."""
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from ..files import new_folder
 from ..models.standalone import standalone_name
 from .card import export_card
 from .folders import has_tokenizer
-from .headers import ADAPTER_WEIGHTS, is_of_streams
+from .headers import ADAPTER_WEIGHTS, MODEL_WEIGHTS, TensorHeaders, is_of_streams
 from .published import published_model, published_name, refuse_unpublishable, write_published_config
 from .reference import make_reference, write_reference
 from .sources import Source, find_source, load_source
@@ -24,7 +25,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 _REASONS = {
     "gguf": "GGUF has no place for streams, and llama.cpp runs one stream: the engine would have to replicate the "
     "batch, put prefixes before keys and values, and aggregate",
-    "vllm": "vLLM runs one stream per request: a model class for its registry would have to come with the checkpoint",
+    "vllm": "vLLM serves standalone exports as they are, with the plugin parscale-vllm (docs/serving.md): leave `--format` out",
 }
 
 
@@ -86,6 +87,7 @@ def export_adapter(
         exported.save_pretrained(staging, max_shard_size=max_shard_size)
         if format == "published":
             write_published_config(exported.config, weights_dtype, staging)
+        _write_index(staging)
         write_reference(reference, staging)
         _save_tokenizer(source, staging)
         export_card(source.backbone_name, format, source.config.num_streams).save(staging / "README.md")
@@ -124,6 +126,18 @@ def _hash_streams(source: Source, format: str, dtype: torch.dtype) -> dict[str, 
         else:
             hashes[exported] = hash_tensor(tensor.to(torch.promote_types(tensor.dtype, torch.float32)))
     return hashes
+
+
+def _write_index(folder: Path) -> None:
+    """Write the index of the weights also where they are one file.
+
+    Engines such as vLLM read every file of tensors in a folder, the reference's too, unless an index names the weights'.
+    """
+    path = folder / f"{MODEL_WEIGHTS}.index.json"
+    if path.is_file():
+        return
+    index = {"metadata": {}, "weight_map": dict.fromkeys(sorted(TensorHeaders(folder).shapes), MODEL_WEIGHTS)}
+    path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _save_tokenizer(source: Source, folder: Path) -> None:

@@ -105,7 +105,7 @@ def test_dtype_changes_the_weights_and_says_so(tmp_path, adapter, format):
 
 REFUSED = [
     ({"format": "gguf"}, "can't be exported to gguf: GGUF has no place for streams"),
-    ({"format": "vllm"}, "can't be exported to vllm: vLLM runs one stream per request"),
+    ({"format": "vllm"}, "can't be exported to vllm: vLLM serves standalone exports as they are"),
     ({"format": "onnx"}, "`format` must be one of standalone, published, got 'onnx'"),
     ({"dtype": "int8"}, "`dtype` must be one of float32, bfloat16, float16, got 'int8'"),
     ({"max_shard_size": "2 gigabytes"}, "`max_shard_size` must be a number and a unit, such as 2GB"),

@@ -1,0 +1,1 @@
+../../parscale_adapt/version.py
