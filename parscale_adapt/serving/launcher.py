@@ -1,8 +1,11 @@
-"""`transformers serve` for checkpoints with streams: transformers' own command, with their classes made known."""
+"""Servers for checkpoints with streams: `transformers serve` with their classes made known, or vLLM with its plugin."""
 
 import errno
+import os
 import socket
+import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ from ..checkpoints.folders import Kind, find_kind, find_tokenizer
 from .exports import register_classes
 
 
+_VLLM_MODULES = {"vLLM": "vllm", "parscale-vllm": "parscale_vllm"}
+_VLLM_SERVER = "vllm.entrypoints.openai.api_server"
 # A name such as localhost has an address of a family that this machine may lack; the server does without it.
 _NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
@@ -28,7 +33,9 @@ def serve(source: str, host: str, port: int, options: Sequence[str] = ()) -> Non
     Raises:
         ValueError: there is no such checkpoint, no tokenizer in it, a missing package, or a port that is taken.
     """
-    kind = _find_export(source)
+    if "@" in source:
+        raise ValueError(f"`transformers serve` reads what follows @ as a revision: rename {source}.")
+    kind = _find_export(source, f"transformers serve {source}")
     if not is_serve_available():
         raise ValueError("`transformers serve` needs more packages: install them with `pip install '.[serving]'`.")
     _check_address(host, port)
@@ -43,14 +50,35 @@ def serve(source: str, host: str, port: int, options: Sequence[str] = ()) -> Non
     app(["serve", source, "--host", host, "--port", str(port), *options], prog_name="transformers")
 
 
-def _find_export(source: str) -> Kind:
+def serve_by_vllm(source: str, host: str, port: int, options: Sequence[str] = ()) -> None:
+    """Become vLLM's own server, which finds the plugin parscale-vllm by itself.
+
+    Args:
+        source, host, port: see [`serve`]; requests name the model as vLLM says, by `--served-model-name`.
+        options: further options of vLLM's server, handed over as they are.
+
+    Raises:
+        ValueError: there is no such checkpoint, no tokenizer in it, vLLM or the plugin is missing, or the port is taken.
+    """
+    _find_export(source, f"vllm serve {source}")
+    missing = [name for name, module in _VLLM_MODULES.items() if find_spec(module) is None]
+    if missing:
+        raise ValueError(
+            f"{' and '.join(missing)} can't be imported here; vLLM 0.32 wants an older transformers than parscale_adapt, so "
+            "make an environment for both, `python3 -m venv vllm-env && vllm-env/bin/pip install 'vllm>=0.32,<0.33' "
+            f"./vllm_plugin` in the repository of parscale_adapt, and start `vllm-env/bin/vllm serve {source}`."
+        )
+    _check_address(host, port)
+    address = ["--host", host, "--port", str(port)]
+    os.execv(sys.executable, [sys.executable, "-m", _VLLM_SERVER, "--model", source, *address, *options])
+
+
+def _find_export(source: str, command_without_streams: str) -> Kind:
     if not Path(source).is_dir():
         raise ValueError(
             f"There is no folder {source}: give the folder of an export first and options after it; a repository of the "
             "hub is fetched with `hf download REPOSITORY --local-dir DIR`."
         )
-    if "@" in source:
-        raise ValueError(f"`transformers serve` reads what follows @ as a revision: rename {source}.")
     kind = find_kind(source)
     if kind.name == "adapter":
         raise ValueError(
@@ -58,7 +86,7 @@ def _find_export(source: str) -> Kind:
             f"{source} --output DIR`."
         )
     if kind.name == "plain":
-        raise ValueError(f"{source} has no streams, so it needs no launcher: use `transformers serve {source}`.")
+        raise ValueError(f"{source} has no streams, so it needs no launcher: use `{command_without_streams}`.")
     find_tokenizer([kind.folder])
     return kind
 

@@ -280,3 +280,30 @@ def test_unknown_options_are_refused_by_the_server_s_own_command(material, monke
     arguments = ("serve", material.export, "--port", free_port(), "--no-such-option")
     assert run(*arguments, monkeypatch=monkeypatch) == 2
     assert "--no-such-option" in capsys.readouterr().err
+
+
+class TestVllm:
+    """vLLM itself is tested in vllm_plugin/."""
+
+    def test_its_server_takes_over_with_all_options(self, material, monkeypatch):
+        port, taken_over = free_port(), []
+        monkeypatch.setattr(launcher, "find_spec", lambda module: module)
+        monkeypatch.setattr("os.execv", lambda program, arguments: taken_over.append(arguments))
+        options = ("--engine", "vllm", "--host", "127.0.0.1", "--port", port, "--dtype", "float32")
+        assert run("serve", material.export, *options, monkeypatch=monkeypatch) == 0
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(material.export)]
+        assert taken_over == [[*command, "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]]
+
+    @pytest.mark.parametrize(
+        ("found", "named"),
+        [((), "vLLM and parscale-vllm can't be imported here"), (("vllm",), "parscale-vllm can't be imported here")],
+    )
+    def test_what_is_missing_is_named_with_the_way_to_install_it(self, material, monkeypatch, capsys, found, named):
+        monkeypatch.setattr(launcher, "find_spec", lambda module: module if module in found else None)
+        monkeypatch.setattr("os.execv", lambda *arguments: pytest.fail("starts vLLM"))
+        message = f"parscale: {named}"
+        check_refused(monkeypatch, capsys, message, material.export, "--engine", "vllm")
+
+    def test_a_plain_model_needs_no_launcher(self, material, monkeypatch, capsys):
+        sentence = f"it needs no launcher: use `vllm serve {material.root / 'backbone'}`"
+        check_refused(monkeypatch, capsys, sentence, material.root / "backbone", "--engine", "vllm")

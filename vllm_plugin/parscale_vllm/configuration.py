@@ -58,7 +58,7 @@ class _ExportConfig(PreTrainedConfig):
             has_experts = any(getattr(config, name, None) for name in _NUMBERS_OF_EXPERTS)
             config.architectures = [WITH_EXPERTS if has_experts else DENSE]
             config.parscale = streams
-        else:  # one stream is the plain backbone
+        else:  # the authors' layout has a place for one stream, which is a plain Qwen2
             config.architectures = ["Qwen2ForCausalLM"]
         return loaded
 

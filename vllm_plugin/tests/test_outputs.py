@@ -4,7 +4,17 @@ import pytest
 from engines import Case, ask, engine, tokens_of
 
 
-CASES = ("qwen2-p2", "qwen2-p8", "qwen3-p2", "llama-p4", "mistral-p2", "qwen3_moe-p2", "published-p2")
+CASES = (
+    "qwen2-p2",
+    "qwen2-p8",
+    "qwen3-p2",
+    "llama-p4",
+    "mistral-p2",
+    "phi3-p2",
+    "olmo2-p2",
+    "qwen3_moe-p2",
+    "published-p2",
+)
 LARGEST_DIFFERENCE = 1e-3
 
 

@@ -32,6 +32,8 @@ CASES = {
     "llama-p4": ("llama", 4, 48, {}),
     "mistral-p2": ("mistral", 2, 16, {"sliding_window": None}),
     "qwen3_moe-p2": ("qwen3_moe", 2, 16, EXPERTS),
+    "phi3-p2": ("phi3", 2, 16, {}),
+    "olmo2-p2": ("olmo2", 2, 32, {}),
     "bfloat16-p4": ("qwen2", 4, 48, {}, {"dtype": "bfloat16"}),
     "published-p2": ("qwen2", 2, 48, {}, {"format": "published"}),
 }
