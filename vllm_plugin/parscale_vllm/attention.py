@@ -7,6 +7,7 @@ writes it, which a CPU build lacks; it is written once, so that a cache that is 
 the length of the prefix to the runner's own lengths.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -33,6 +34,8 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from .core.layout import UniformLayout
 from .core.prefix import StreamPrefix
 
+
+logger = logging.getLogger("vllm.parscale")
 
 STREAM_ATTENTION = "parscale_vllm"
 _FIRST_BLOCK = 1  # of the prefix; block 0 is vLLM's null block
@@ -63,6 +66,12 @@ class PrefixedManager(FullAttentionManager):
             raise RuntimeError("The first blocks of the cache are taken, so that the prefix has no place.")
         # The pool counts what is in use from this number, and resets only when that is nothing.
         block_pool.num_gpu_blocks -= num_blocks
+        logger.info(
+            "The cache has room for %d tokens in all streams, behind a prefix of %d. (vLLM's own line counts the prefix once "
+            "for every request.)",
+            block_pool.get_num_free_blocks() * self.block_size,
+            kv_cache_spec.sink_len,
+        )
 
 
 # The registry fills itself with vLLM's own kinds only while it is empty.
