@@ -126,3 +126,19 @@ def test_live_tensors_count_what_lives_at_the_same_time(monkeypatch):
     assert tensors.live == (256 + 16) * kilobyte
     del kept
     assert tensors.live == 256 * kilobyte
+
+
+@pytest.mark.slow
+def test_the_serving_benchmark_asks_a_server_of_every_number_of_streams(tmp_path):
+    pytest.importorskip("openai", reason="the server needs `pip install '.[serving]'`")
+    sizes = ("--vocab_size", "320", "--requests", "1", "--new_tokens", "4", "--clients", "1", "2")
+    file = tmp_path / "serving.json"
+    output = run("serving.py", *sizes, "--engines", "transformers", "--streams", "1", "2", "--json", str(file))
+    expected = [["transformers", streams, clients] for streams in ("1", "2") for clients in ("1", "2")]
+    assert [row[:3] for row in table_rows(output)] == expected
+    assert all(float(row["tokens_per_second"]) > 0 for row in json.loads(file.read_text())["rows"])
+
+
+def test_the_serving_benchmark_says_where_vllm_comes_from(tmp_path):
+    with pytest.raises(SystemExit, match="run `make test-vllm`, or name another with --vllm_python"):
+        run("serving.py", "--vllm_python", str(tmp_path / "nowhere"))
