@@ -29,7 +29,7 @@ def test_two_ranks_answer_as_one(four_streams, tmp_path):
         env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     found = [line for line in run.stdout.splitlines() if line.startswith("TOKENS")]
     assert found, run.stdout[-3000:] + run.stderr[-3000:]
