@@ -4,6 +4,7 @@ The streams of a sample meet nowhere before the aggregator, so the activations o
 computed again in the backward pass, whose gradients stay exact (GradCache, arXiv 2101.06983).
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -11,11 +12,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache
 
 from ..core.layout import UniformLayout
 from .engines import FrozenAliases, is_partitioned, unchanged_module_stack
+from .replay_room import ReplayRoom
 
 
 _LAYER_CHECKPOINT = "_gradient_checkpointing_func"  # which transformers gives to whatever it checkpoints
@@ -32,6 +35,7 @@ def run_in_chunks(
     running_chunk: RunningChunk,
     num_streams: int,
     chunk_size: int,
+    room: ReplayRoom,
 ) -> Any:
     """The output of a decoder on the rows of all streams, computed chunk by chunk.
 
@@ -44,19 +48,29 @@ def run_in_chunks(
         running_chunk: inside the block, in its thread, the decoder's parts see these streams only.
         num_streams: `P`.
         chunk_size: how many streams run at a time.
+        room: for activations that replays may keep.
 
     Returns:
         As `run` gives it: `[P * B, T, H]`, and what else there is, laid out by row.
     """
-    if any(is_partitioned(parameter) for parameter in decoder.parameters()):
+    is_partitioned_here = any(is_partitioned(parameter) for parameter in decoder.parameters())
+    if is_partitioned_here:
         running_chunk = _with_shares(running_chunk)
+    # Processes gather layers together, while each may have room of its own.
+    is_sharded = is_partitioned_here or any(isinstance(parameter, DTensor) for parameter in decoder.parameters())
+    num_checkpointed = sys.maxsize
+    if torch.is_grad_enabled() and not is_sharded:
+        trained = [p for p in decoder.parameters() if p.requires_grad and p.grad is None]
+        num_checkpointed = room.begin_step(num_streams, chunk_size, sum(parameter.nbytes for parameter in trained))
     devices = {parameter.device for parameter in decoder.parameters()}
     on_devices = [torch.empty(0, device=device) for device in devices if device.type != "meta"]
     outputs = []
     for first in range(0, num_streams, chunk_size):
         chunk = slice(first, min(first + chunk_size, num_streams))
-        run_chunk = partial(_run_chunk, run, decoder, running_chunk, chunk)
-        if chunk.stop == num_streams or not torch.is_grad_enabled():
+        is_last = chunk.stop == num_streams
+        layers = partial(_LayersOfChunk, chunk, running_chunk, room, None if is_last else num_checkpointed)
+        run_chunk = partial(_run_chunk, run, decoder, layers)
+        if is_last or not torch.is_grad_enabled():
             outputs.append(run_chunk())
         else:
             # The tensors say whose random states are restored.
@@ -80,41 +94,63 @@ def _with_shares(running_chunk: RunningChunk) -> RunningChunk:
     return running
 
 
+class _LayersOfChunk:
+    """What layers that are checkpointed one by one are checkpointed with, for one run of a chunk.
+
+    Args:
+        chunk: the streams that run.
+        running_chunk: of [`run_in_chunks`].
+        room: as there.
+        num_checkpointed: how many of the first layers are; None for all of a chunk that is not replayed.
+    """
+
+    def __init__(self, chunk: slice, running_chunk: RunningChunk, room: ReplayRoom, num_checkpointed: int | None):
+        self.chunk, self.running_chunk, self.room = chunk, running_chunk, room
+        self.is_measured = num_checkpointed is None
+        self.num_checkpointed = sys.maxsize if num_checkpointed is None else num_checkpointed
+        self.num_called = 0
+
+    def checkpoint(self, function: Callable, run: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Run one layer by `function`, so that it is computed again for this chunk, or as it is."""
+        self.num_called += 1
+        if self.num_called > self.num_checkpointed:
+            return run(*args, **kwargs)
+
+        def run_in_chunk(*args: Any, **kwargs: Any) -> Any:
+            with self.running_chunk(self.chunk):
+                return run(*args, **kwargs)
+
+        if self.is_measured and torch.is_grad_enabled():
+            self.room.num_layers = self.num_called
+            if self.num_called == 1 and args:
+                run_in_chunk = self.room.measured(run_in_chunk, args[0], self.chunk.stop - self.chunk.start)
+        return function(run_in_chunk, *args, **kwargs)
+
+
 def _run_chunk(
     run: Callable[[UniformLayout], Any],
     decoder: nn.Module,
-    running_chunk: RunningChunk,
-    chunk: slice,
+    layers_of_chunk: Callable[[], _LayersOfChunk],
     *on_devices: torch.Tensor,
 ) -> Any:
-    with running_chunk(chunk), _layers_know(chunk, decoder, running_chunk):
-        return run(UniformLayout(chunk.stop - chunk.start))
+    layers = layers_of_chunk()
+    with layers.running_chunk(layers.chunk), _layers_know(layers, decoder):
+        return run(UniformLayout(layers.chunk.stop - layers.chunk.start))
 
 
 @contextmanager
-def _layers_know(chunk: slice, decoder: nn.Module, running_chunk: RunningChunk) -> Iterator[None]:
-    """Let what is checkpointed layer by layer inside the block be computed again for this chunk."""
+def _layers_know(layers: _LayersOfChunk, decoder: nn.Module) -> Iterator[None]:
+    """Let what is checkpointed layer by layer inside the block go through `layers`."""
     functions = {
         module: vars(module)[_LAYER_CHECKPOINT] for module in decoder.modules() if _LAYER_CHECKPOINT in vars(module)
     }
     for module, function in functions.items():
-        in_chunk = partial(_checkpoint_of_chunk, _in_one_graph(function), chunk, running_chunk)
-        setattr(module, _LAYER_CHECKPOINT, in_chunk)
+        setattr(module, _LAYER_CHECKPOINT, partial(layers.checkpoint, _in_one_graph(function)))
     try:
         yield
     finally:
         for module, function in functions.items():
             setattr(module, _LAYER_CHECKPOINT, function)
-
-
-def _checkpoint_of_chunk(
-    function: Callable, chunk: slice, running_chunk: RunningChunk, run: Callable, *args: Any, **kwargs: Any
-) -> Any:
-    def run_in_chunk(*args: Any, **kwargs: Any) -> Any:
-        with running_chunk(chunk):
-            return run(*args, **kwargs)
-
-    return function(run_in_chunk, *args, **kwargs)
 
 
 def _in_one_graph(function: Callable) -> Callable:

@@ -63,6 +63,9 @@ def open_streams(model: PreTrainedModel, backbone: Backbone) -> None:
             attach_streams(host, map(model.get_submodule, backbone.attention_shapes))
             if hasattr(model, "init_continuous_batching"):  # it generates
                 model.init_continuous_batching = MethodType(init_continuous_batching, model)
+            lm_head = model.get_output_embeddings()
+            if lm_head is not None:
+                layer.logits_hook = lm_head.register_forward_hook(layer.replay_room.see_logits)
             layer.is_open = True
 
 
@@ -75,6 +78,8 @@ def remove_streams(model: PreTrainedModel) -> None:
         if isinstance(layer, DecoderStreams):
             with_config = [part for part in host.modules() if isinstance(vars(part).get("config"), PreTrainedConfig)]
             detach_streams(host, with_config)
+            if layer.logits_hook is not None:
+                layer.logits_hook.remove()
         _remove_layer(host, layer)
 
 

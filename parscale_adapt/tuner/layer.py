@@ -17,6 +17,7 @@ from ..core.transforms import ATTENTION, LINEAR, STREAM_TRANSFORMS, named_transf
 from ..hf.backbone import AttentionShape, Backbone
 from ..hf.engines import execution_device
 from ..hf.projections import ProjectionShape
+from ..hf.replay_room import ReplayRoom
 from ..hf.stream_call import STREAMS_ATTRIBUTE, CacheOwner, CacheOwners, StreamCall
 from ..hf.stream_chunks import run_in_chunks
 from .config import ParScaleConfig
@@ -152,6 +153,8 @@ class DecoderStreams(ParScaleLayer):
         self.attended_layers = backbone.attended_layers
         self.masks_per_row = backbone.masks_per_row
         self.is_open = False  # whether the decoder's calls come through here
+        self.replay_room = ReplayRoom()
+        self.logits_hook: RemovableHandle | None = None  # tells it what the loss takes
         self.parscale_aggregator = nn.ModuleDict()
         self.prefix_tokens_of: dict[str, int] = {}
         self.cache_owner_of: dict[str, CacheOwner] = {}
@@ -194,7 +197,7 @@ class DecoderStreams(ParScaleLayer):
     def run_in_chunks(self, run: Callable[[UniformLayout], Any]) -> Any:
         """See [`DecoderStreamsProtocol`]."""
         assert self.chunk_size is not None
-        return run_in_chunks(run, self._host, self._running_chunk, self.num_streams, self.chunk_size)
+        return run_in_chunks(run, self._host, self._running_chunk, self.num_streams, self.chunk_size, self.replay_room)
 
     @contextmanager
     def _running_chunk(self, chunk: slice) -> Iterator[None]:
