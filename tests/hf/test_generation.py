@@ -92,10 +92,11 @@ def test_a_static_cache_that_generate_keeps_serves_every_adapter():
             assert torch.equal(generate(model, **options), generate(model, use_cache=False))
 
 
-def test_decoding_with_a_static_cache_compiles_into_one_graph():
-    model = streams_of()
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_decoding_with_a_static_cache_compiles_into_one_graph(backend):
+    model = streams_of(num_hidden_layers=1)
     expected = generate(model, use_cache=False)
-    compile_config = CompileConfig(fullgraph=True, backend="eager", mode=None)
+    compile_config = CompileConfig(fullgraph=True, backend=backend, mode=None)
     compile_config._compile_all_devices = True  # elsewhere `generate` compiles on accelerators only
     torch._dynamo.reset()
     counters.clear()
