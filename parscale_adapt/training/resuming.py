@@ -15,7 +15,6 @@ from torch.distributed.fsdp import StateDictType
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
-from trl import SFTTrainer
 
 from ..core.prefix import ReparameterizedPrefix
 from ..hf.fingerprint import describe_difference
@@ -29,8 +28,8 @@ _TRAINER_STATE = "trainer_state.json"
 UNFOLDED_FILE = "unfolded_state.safetensors"
 
 
-class ResumingTrainer(SFTTrainer):
-    """The part of [`StreamTrainer`] that goes on from checkpoints: with all of their states, or by a choice without."""
+class ResumingTrainer(Trainer):
+    """The part of [`StreamTraining`] that goes on from checkpoints: with all of their states, or by a choice without."""
 
     has_begun = False
 
@@ -45,7 +44,7 @@ class ResumingTrainer(SFTTrainer):
         return getattr(self.args, "restart_optimizer", False)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> TrainOutput:
-        """Train as TRL does; a checkpoint that this run can't go on from is refused before it is read.
+        """Train as the trainer does; a checkpoint that this run can't go on from is refused before it is read.
 
         Args:
             resume_from_checkpoint: a checkpoint; or True for the last one in `output_dir` whose save was verified.

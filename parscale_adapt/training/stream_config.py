@@ -3,17 +3,17 @@
 import math
 from dataclasses import dataclass, field
 
-from trl import SFTConfig
+from trl import DPOConfig, RewardConfig, SFTConfig
 
 from .learning_rates import check_rate, given_rates
 
 
 @dataclass
-class StreamConfig(SFTConfig):
-    """[`trl.SFTConfig`] with what [`StreamTrainer`] adds; the recipes' arguments.
+class StreamOptions:
+    """What [`StreamTraining`] adds to the arguments of a trainer; stands before one of TRL's configurations.
 
     Raises:
-        ValueError: a learning rate isn't positive and finite, or the weight of the diversity term is negative.
+        ValueError: a learning rate isn't positive and finite.
     """
 
     prefix_learning_rate: float | None = field(
@@ -38,6 +38,20 @@ class StreamConfig(SFTConfig):
         },
     )
 
+    def __post_init__(self):
+        check_rate("learning_rate", self.learning_rate)  # type: ignore[attr-defined]
+        given_rates(self.prefix_learning_rate, self.aggregator_learning_rate, self.lora_learning_rate)
+        super().__post_init__()  # type: ignore[misc]
+
+
+@dataclass
+class StreamConfig(StreamOptions, SFTConfig):
+    """[`trl.SFTConfig`] with what [`StreamTrainer`] adds; arguments of `cpt.py` and `sft.py`.
+
+    Raises:
+        ValueError: a learning rate isn't positive and finite, or the weight of the diversity term is negative.
+    """
+
     diversity_weight: float = field(
         default=0.0,
         metadata={
@@ -47,10 +61,18 @@ class StreamConfig(SFTConfig):
     )
 
     def __post_init__(self):
-        check_rate("learning_rate", self.learning_rate)
-        given_rates(self.prefix_learning_rate, self.aggregator_learning_rate, self.lora_learning_rate)
         if not 0 <= self.diversity_weight < math.inf:
             raise ValueError(
                 f"`diversity_weight` must be a finite number of at least 0, got {self.diversity_weight!r}."
             )
         super().__post_init__()
+
+
+@dataclass
+class StreamDPOConfig(StreamOptions, DPOConfig):
+    """[`trl.DPOConfig`] with what [`StreamTraining`] adds; arguments of `dpo.py`."""
+
+
+@dataclass
+class StreamRewardConfig(StreamOptions, RewardConfig):
+    """[`trl.RewardConfig`] with what [`StreamTraining`] adds; arguments of `reward.py`."""
