@@ -8,12 +8,13 @@ from .instructions import prepare_instructions
 from .local_files import default_heldout_split, find_local_files
 from .mixture import build_train_dataset
 from .packing import PackedCollator, PackedRow, iterate_packed_rows, pack_dataset, pack_documents
+from .preferences import PreferenceSettings, prepare_preferences, with_questions
 from .report import SourceReport, TokenReport
 from .rows import LoadedSource, MixtureSettings
 from .saying import say
 from .sources import DataSource, TextSource, load_rows, load_source
 from .stdlib_corpus import corpus_fingerprint, load_stdlib_corpus
-from .stdlib_docstrings import stdlib_docstring_pairs
+from .stdlib_docstrings import stdlib_docstring_pairs, stdlib_preference_pairs
 from .tokenization import encode_documents
 from .tokenizer_training import train_tokenizer
 from .tokenizers import TokenizerSettings, check_vocabulary, end_token_ids, load_tokenizer, set_chat_template
@@ -28,6 +29,7 @@ __all__ = [
     "MixtureSettings",
     "PackedCollator",
     "PackedRow",
+    "PreferenceSettings",
     "RowPreparer",
     "SourceReport",
     "TextSource",
@@ -51,9 +53,12 @@ __all__ = [
     "pack_dataset",
     "pack_documents",
     "prepare_instructions",
+    "prepare_preferences",
     "say",
     "set_chat_template",
     "show_prepared",
     "stdlib_docstring_pairs",
+    "stdlib_preference_pairs",
     "train_tokenizer",
+    "with_questions",
 ]

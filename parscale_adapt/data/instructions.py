@@ -102,7 +102,7 @@ def prepare_instructions(
         num_proc=num_processes,
         desc=f"Preparing {name}",
     )
-    _refuse_problems(prepared)
+    refuse_problems(prepared)
     _tell_unused(prepared, name)
     num_tokens, num_trained = (np.asarray(_column(prepared, count)) for count in _COUNTS)
     report = _report(name, num_tokens, num_trained, settings.max_length)
@@ -115,7 +115,8 @@ def _column(dataset: Dataset, name: str) -> pyarrow.ChunkedArray:
     return dataset.select_columns([name]).with_format("arrow")[:][name]
 
 
-def _refuse_problems(prepared: Dataset) -> None:
+def refuse_problems(prepared: Dataset) -> None:
+    """Raises ValueError where a prepared row has a `problem`."""
     problems = _column(prepared, "problem").drop_null()
     if len(problems):
         others = f" {len(problems) - 1:,} more rows can't be used either." if len(problems) > 1 else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import random
 import warnings
 from collections.abc import Iterator
 from itertools import chain
@@ -37,6 +38,29 @@ def stdlib_docstring_pairs() -> DatasetDict:
         columns = {"prompt": [prompt for prompt, _ in rows], "completion": [answer for _, answer in rows]}
         pairs[split] = Dataset.from_dict(columns)
     return DatasetDict(pairs)
+
+
+@functools.cache
+def stdlib_preference_pairs() -> DatasetDict:
+    """Make a pair of a right and a wrong answer of each question of [`stdlib_docstring_pairs`].
+
+    The wrong answer has the words of the right one in another order, so that it is as long.
+
+    Returns:
+        Splits `train` and `heldout` with the columns `prompt`, `chosen` and `rejected` (strings).
+    """
+    splits = {}
+    for split, pairs in stdlib_docstring_pairs().items():
+        rows = [{**row, "rejected": _disordered(row["completion"])} for row in pairs]
+        rows = [row for row in rows if row["rejected"] != row["completion"]]
+        splits[split] = Dataset.from_list(rows).rename_column("completion", "chosen")
+    return DatasetDict(splits)
+
+
+def _disordered(answer: str) -> str:
+    words = answer.split()
+    random.Random(answer).shuffle(words)
+    return " ".join(words)
 
 
 def pairs_of_module(path: str, text: str) -> list[tuple[str, str]]:

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
-from trl import SFTConfig
 
 from ..hf.prefixed_attention import SUPPORTED_IMPLEMENTATIONS
 from ..tuner.config import ParScaleArguments
 from .arguments import BackboneArguments
 from .learning_rates import RATE_OPTIONS
+from .stream_config import RecipeConfig
 from .unused_options import CPT, refuse_unused_options
 
 
@@ -71,7 +71,7 @@ FORBIDDEN_COMBINATIONS = (
 )
 
 
-def run_properties(streams: ParScaleArguments, backbone: BackboneArguments, training: SFTConfig) -> set[str]:
+def run_properties(streams: ParScaleArguments, backbone: BackboneArguments, training: RecipeConfig) -> set[str]:
     """The properties of a run that [`FORBIDDEN_COMBINATIONS`] speaks of."""
     uses_fsdp = _is_set("ACCELERATE_USE_FSDP") or bool(training.fsdp)
     fsdp = training.fsdp_plugin_args or {}
@@ -99,7 +99,7 @@ def _is_set(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() == "true"
 
 
-def prepare_packed_training(training: SFTConfig, backbone: BackboneArguments) -> None:
+def prepare_packed_training(training: RecipeConfig, backbone: BackboneArguments) -> None:
     """Set what training on our own packed rows needs in TRL's arguments.
 
     Raises:
@@ -112,7 +112,7 @@ def prepare_packed_training(training: SFTConfig, backbone: BackboneArguments) ->
     prepare_training(training, backbone)
 
 
-def prepare_training(training: SFTConfig, backbone: BackboneArguments) -> None:
+def prepare_training(training: RecipeConfig, backbone: BackboneArguments) -> None:
     """Set what every recipe needs in TRL's arguments."""
     training.prediction_loss_only = True
     training.hub_strategy = HubStrategy.END  # what checkpoints hold is not pushed
@@ -120,7 +120,7 @@ def prepare_training(training: SFTConfig, backbone: BackboneArguments) -> None:
         training.model_init_kwargs = backbone.model_init_kwargs()
 
 
-def check_run(streams: ParScaleArguments, backbone: BackboneArguments, training: SFTConfig) -> None:
+def check_run(streams: ParScaleArguments, backbone: BackboneArguments, training: RecipeConfig) -> None:
     """Refuse a run that can't work.
 
     Raises:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from huggingface_hub import get_token
 from transformers import trainer as transformers_trainer
-from trl import SFTConfig
 
 from .failures import describe
+from .stream_config import RecipeConfig
 
 
 # Checkpoints, logs, and files of the machine that it was trained on.
@@ -16,7 +16,7 @@ KEPT_AT_HOME = ["checkpoint-*", "runs/*", ".*"]
 
 
 @contextmanager
-def asking_the_hub(training: SFTConfig) -> Iterator[None]:
+def asking_the_hub(training: RecipeConfig) -> Iterator[None]:
     """Make one sentence of what the hub refuses.
 
     Raises:
@@ -30,7 +30,7 @@ def asking_the_hub(training: SFTConfig) -> Iterator[None]:
         raise ValueError(f"the hub refused `push_to_hub`: {describe(error)}{advice}") from error
 
 
-def push_final_folder(folder: Path, repository: str, training: SFTConfig) -> None:
+def push_final_folder(folder: Path, repository: str, training: RecipeConfig) -> None:
     """Push the final folder with its card and metrics, and no checkpoint.
 
     Raises:

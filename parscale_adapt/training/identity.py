@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from transformers import SchedulerType
-from trl import SFTConfig
 
 from ..data import content_of, fingerprint_of_files
 from ..tuner.config import CHOICES_OF_A_RUN, ParScaleArguments
 from .arguments import BackboneArguments
+from .stream_config import RecipeConfig
 
 
 # How often is measured changes nothing of what is trained: `StreamTrainer` keeps the random states apart.
@@ -95,7 +95,7 @@ _STEERED_BY_EVALUATION = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 
 
 def run_identity(
-    recipe: str, streams: ParScaleArguments, backbone: BackboneArguments, data: Any, training: SFTConfig
+    recipe: str, streams: ParScaleArguments, backbone: BackboneArguments, data: Any, training: RecipeConfig
 ) -> dict[str, Any]:
     """The settings and the data that decide a run's numbers, for [`parscale_adapt.training.run_folder.RunFolder`].
 
@@ -114,13 +114,13 @@ def run_identity(
         "load_in_4bit": backbone.load_in_4bit,
         "data": [source.path for source in data.sources()] or ["standard library"],
         "data_settings": dataclasses.asdict(data),
-        "content": _content(backbone, data, training),
+        "content": _content(backbone, data, training) | (_start(backbone) if recipe == "dpo" else {}),
         "world_size": training.world_size,
         **_deciding_settings(training),
     }
 
 
-def _content(backbone: BackboneArguments, data: Any, training: SFTConfig) -> dict[str, str]:
+def _content(backbone: BackboneArguments, data: Any, training: RecipeConfig) -> dict[str, str]:
     """What lies behind the names of data, chat template and tokenizer; what can't be known is left out."""
     contents = {source.label: content_of(source) for source in data.sources()}
     if not contents:
@@ -128,7 +128,7 @@ def _content(backbone: BackboneArguments, data: Any, training: SFTConfig) -> dic
     heldout = data.heldout_source()
     if heldout is not None:
         contents[f"held out: {heldout.label}"] = content_of(heldout)
-    for template in (getattr(data, "chat_template", None), training.chat_template_path):
+    for template in (getattr(data, "chat_template", None), getattr(training, "chat_template_path", None)):
         if template is not None and Path(template).is_file():
             contents[f"chat template: {template}"] = fingerprint_of_files([template])
     folder = backbone.model_name_or_path
@@ -138,7 +138,16 @@ def _content(backbone: BackboneArguments, data: Any, training: SFTConfig) -> dic
     return {name: content for name, content in contents.items() if content is not None}
 
 
-def _deciding_settings(training: SFTConfig) -> dict[str, Any]:
+def _start(backbone: BackboneArguments) -> dict[str, str]:
+    """What a run is compared with all the time, and not only where it begins."""
+    adapter = backbone.adapter_name_or_path
+    if adapter is None or not Path(adapter).expanduser().is_dir():
+        return {}
+    weights = sorted(Path(adapter).expanduser().glob("adapter_model*"))
+    return {f"adapter: {adapter}": fingerprint_of_files(weights)}
+
+
+def _deciding_settings(training: RecipeConfig) -> dict[str, Any]:
     """The fields of TRL's arguments, but for those that may differ in this run."""
     may_differ = MAY_DIFFER
     if training.lr_scheduler_type in _STEERED_BY_EVALUATION:

@@ -1,10 +1,10 @@
 """Question and answer data for the SFT recipe: from the hub, from local files, or the embedded docstrings."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from accelerate import PartialState
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 
@@ -28,14 +28,14 @@ _EMBEDDED = "standard library"
 
 
 @dataclass
-class InstructionArguments:
-    """Conversational or prompt/completion data."""
+class RowArguments:
+    """Where rows for conversations are, and how they are shown to a model."""
 
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Hub dataset, or local file, glob or folder (see docs/data.md). Without one, questions and answers "
-            "made from the Python standard library's docstrings."
+            "help": "Hub dataset, or local file, glob or folder (see docs/data.md). Without one, rows made from the Python "
+            "standard library's docstrings."
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
@@ -48,14 +48,6 @@ class InstructionArguments:
     )
     max_heldout_rows: int = field(default=256, metadata={"help": "Rows to measure it on."})
     prompt_field: str = field(default="prompt", metadata={"help": "Column with the question."})
-    completion_field: str = field(default="completion", metadata={"help": "Column with the answer."})
-    train_on: str = field(
-        default="last_answer",
-        metadata={
-            "help": "What is trained: last_answer of each row, all_answers, or all_text, questions included.",
-            "choices": list(TRAIN_ON),
-        },
-    )
     chat_template: str | None = field(
         default=None,
         metadata={"help": "File with a Jinja chat template; else the tokenizer's own, else ChatML."},
@@ -83,6 +75,20 @@ class InstructionArguments:
             return None
         split = self.heldout_split or default_heldout_split(self.heldout_dataset, self.heldout_config)
         return DataSource(self.heldout_dataset, self.heldout_config, split, encoding=self.dataset_encoding)
+
+
+@dataclass
+class InstructionArguments(RowArguments):
+    """Conversational or prompt/completion data."""
+
+    completion_field: str = field(default="completion", metadata={"help": "Column with the answer."})
+    train_on: str = field(
+        default="last_answer",
+        metadata={
+            "help": "What is trained: last_answer of each row, all_answers, or all_text, questions included.",
+            "choices": list(TRAIN_ON),
+        },
+    )
 
 
 def prepare_instruction_training(training: SFTConfig, backbone: BackboneArguments) -> None:
@@ -128,7 +134,7 @@ def load_instructions(
         end_token_ids=frozenset({tokenizer.eos_token_id, *end_token_ids}),
     )
     with PartialState().local_main_process_first():  # the others find its rows in the cache
-        train, train_name, heldout, heldout_name = _open(data)
+        train, train_name, heldout, heldout_name = open_rows(data, stdlib_docstring_pairs)
         rows, report = prepare_instructions(train, tokenizer, settings, train_name, training.dataset_num_proc)
         if training.shuffle_dataset:
             rows = rows.shuffle(seed=training.seed)
@@ -138,10 +144,10 @@ def load_instructions(
         return rows, prepare_instructions(heldout, tokenizer, settings, f"held out: {heldout_name}")[0], report
 
 
-def _open(data: InstructionArguments) -> tuple[Dataset, str, Dataset | None, str]:
-    """Training and held-out rows with their names."""
+def open_rows(data: RowArguments, embedded: Callable[[], DatasetDict]) -> tuple[Dataset, str, Dataset | None, str]:
+    """Training and held-out rows with their names, from what `data` names or from what `embedded` gives."""
     if not data.sources():
-        pairs = stdlib_docstring_pairs()
+        pairs = embedded()
         return pairs["train"], _EMBEDDED, pairs["heldout"], _EMBEDDED
     (source,) = data.sources()
     heldout = data.heldout_source()

@@ -6,15 +6,15 @@ from typing import Any
 from matplotlib.figure import Figure
 
 
-def plot_loss(log_history: list[dict[str, Any]], path: Path) -> None:
-    """Training loss, and the streams' mean weights where there are several, against tokens; a PNG."""
+def plot_loss(log_history: list[dict[str, Any]], path: Path, loss_label: str = "loss (nats per token)") -> None:
+    """Training loss, of which `loss_label` tells kind and unit, and the streams' mean weights where there are several, against tokens; a PNG."""
     points = [entry for entry in log_history if "loss" in entry]
     tokens = [entry["num_tokens"] / 1e6 for entry in points]
     weights = sorted({key for entry in points for key in entry if key.startswith("stream_weight/")})
     figure = Figure(figsize=(7, 6 if weights else 3.5), layout="constrained")
     axes = figure.subplots(2 if weights else 1, 1, sharex=True, squeeze=False)
     axes[0, 0].plot(tokens, [entry["loss"] for entry in points], color="#0072B2")
-    axes[0, 0].set_ylabel("training loss (nats per token)")
+    axes[0, 0].set_ylabel(f"training {loss_label}")
     axes[-1, 0].set_prop_cycle(color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"])
     for key in weights:
         number = key.rpartition("/")[2]

@@ -18,16 +18,16 @@ from ..checkpoints.folders import transform_names
 from ..data import TokenReport
 from ..files import write_atomically, write_text
 from ..tuner.config import ParScaleArguments
-from ..tuner.state import backbone_shapes, expected_adapter_shapes, full_shape
+from ..tuner.state import backbone_shapes, expected_adapter_shapes, full_shape, saved_module_shapes
 from .failures import describe
 from .hub import push_final_folder
 from .run_folder import METRICS_FILE
 from .saving import save_final_model
-from .trainer import StreamTrainer
+from .stream_training import StreamTraining
 
 
 def finish_run(
-    trainer: StreamTrainer, streams: ParScaleArguments, run: dict[str, Any], report: TokenReport | None = None
+    trainer: StreamTraining, streams: ParScaleArguments, run: dict[str, Any], report: TokenReport | None = None
 ) -> dict[str, Any]:
     """Save what was trained; then measure and describe it, and push it where that was asked for. Every rank must call it.
 
@@ -54,7 +54,7 @@ def finish_run(
         heldout_loss = trainer.heldout_loss() if trainer.eval_dataset is not None else None
         metrics = _metrics(trainer, streams, run, report, heldout_loss)
         if trainer.args.should_save:
-            _describe_run(metrics, folder)
+            _describe_run(trainer, metrics, folder)
     except Exception as error:
         raise ValueError(
             f"the trained model lies in {folder}, saved and verified, but it could not be measured and described: "
@@ -65,26 +65,32 @@ def finish_run(
     return metrics
 
 
-def _describe_run(metrics: dict[str, Any], folder: Path) -> None:
+def _describe_run(trainer: StreamTraining, metrics: dict[str, Any], folder: Path) -> None:
     from .plots import plot_loss  # matplotlib is needed here alone
 
     write_text(folder / METRICS_FILE, json.dumps(metrics, indent=2, default=str))
-    write_atomically(folder / "loss_curve.png", lambda path: plot_loss(metrics["log_history"], path))
-    write_card(metrics, folder.name, folder / "README.md")
+    write_atomically(
+        folder / "loss_curve.png", lambda path: plot_loss(metrics["log_history"], path, trainer.loss_label)
+    )
+    write_card(metrics, folder.name, folder / "README.md", trainer.loader, trainer.pipeline_tag)
 
 
 def _metrics(
-    trainer: StreamTrainer,
+    trainer: StreamTraining,
     streams: ParScaleArguments,
     run: dict[str, Any],
     report: TokenReport | None,
     heldout_loss: float | None,
 ) -> dict[str, Any]:
     model = trainer.accelerator.unwrap_model(trainer.model)
-    embeddings = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
+    embeddings = {
+        id(module.weight)
+        for module in (model.get_input_embeddings(), model.get_output_embeddings())
+        if module is not None
+    }
     embedding_names = {name for name, parameter in model.named_parameters() if id(parameter) in embeddings}
     backbone = {name: shape for name, shape in backbone_shapes(model).items() if name not in embedding_names}
-    adapter = expected_adapter_shapes(model, trainer.adapter_name)
+    adapter = expected_adapter_shapes(model, trainer.adapter_name) | saved_module_shapes(model, trainer.adapter_name)
     start = trainer.near_identity_start()
     num_adapter_params = sum(math.prod(shape) for shape in adapter.values())
     return {
@@ -92,7 +98,9 @@ def _metrics(
         "num_params": sum(math.prod(shape) for shape in backbone.values()) + num_adapter_params,
         "num_adapter_params": num_adapter_params,
         "num_trained_params": sum(math.prod(full_shape(p)) for p in model.parameters() if p.requires_grad),
+        "loss": trainer.loss_label,
         "heldout_loss": heldout_loss,
+        "heldout": trainer.heldout_metrics,
         "near_identity_start": None if start is None else start._asdict(),
         "num_tokens": trainer.state.num_input_tokens_seen,
         "num_steps": trainer.state.global_step,
@@ -115,17 +123,31 @@ def environment() -> dict[str, str]:
     }
 
 
-def write_card(metrics: dict[str, Any], name: str, path: Path) -> None:
-    """A model card with the hub's metadata."""
+def write_card(
+    metrics: dict[str, Any],
+    name: str,
+    path: Path,
+    loader: str = StreamTraining.loader,
+    pipeline_tag: str = StreamTraining.pipeline_tag,
+) -> None:
+    """A model card with the hub's metadata.
+
+    Args:
+        metrics: the content of `metrics.json`.
+        name: of the model.
+        path: the file to write.
+        loader, pipeline_tag: as in [`StreamTraining`].
+    """
     streams, run = metrics["streams"], metrics["run"]
     transforms = transform_names(streams["stream_transform"])
     data = ModelCardData(
         library_name="peft",
         base_model=run["backbone"],
         tags=["parscale", "parallel-scaling", "parscale_adapt"],
-        pipeline_tag="text-generation",
+        pipeline_tag=pipeline_tag,
     )
-    heldout = "not measured" if metrics["heldout_loss"] is None else f"{metrics['heldout_loss']:.4f} nats per token"
+    loss = metrics["heldout_loss"]
+    heldout = "not measured" if loss is None else f"{loss:.4f} nats per {metrics['loss'].split()[-1].strip(')')}"
     rows = [
         ("backbone", f"`{run['backbone']}`" + (", trained" if streams["train_backbone"] else ", frozen")),
         ("streams P", streams["num_streams"]),
@@ -135,6 +157,7 @@ def write_card(metrics: dict[str, Any], name: str, path: Path) -> None:
         ("data", ", ".join(run["data"])),
         ("tokens seen", f"{metrics['num_tokens']:,}"),
         ("held-out loss", heldout),
+        *((f"held-out {key}", f"{value:.4g}") for key, value in metrics["heldout"].items()),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     settings = json.dumps({name: value for name, value in run.items() if value is not None}, indent=2, default=str)
@@ -156,9 +179,9 @@ Parallel streams (ParScale, [arXiv 2505.10475](https://arxiv.org/abs/2505.10475)
 
 ```python
 import parscale_adapt  # registers the method with PEFT
-from peft import AutoPeftModelForCausalLM
+from peft import {loader}
 
-model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")
+model = {loader}.from_pretrained("path/to/this/folder")
 ```
 
 Run settings:

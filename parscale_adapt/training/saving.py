@@ -172,7 +172,7 @@ def save_final_model(
         verified_save(model, staging, adapter_name, is_main_process),
     ):
         if is_main_process:
-            model.save_pretrained(staging, state_dict=state)
+            model.save_pretrained(staging, state_dict=state, selected_adapters=[adapter_name])
             tokenizer.save_pretrained(staging)
 
 

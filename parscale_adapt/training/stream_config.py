@@ -76,3 +76,7 @@ class StreamDPOConfig(StreamOptions, DPOConfig):
 @dataclass
 class StreamRewardConfig(StreamOptions, RewardConfig):
     """[`trl.RewardConfig`] with what [`StreamTraining`] adds; arguments of `reward.py`."""
+
+
+RecipeConfig = SFTConfig | DPOConfig | RewardConfig
+"""The arguments of TRL's trainers that recipes share."""

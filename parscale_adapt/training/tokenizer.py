@@ -4,14 +4,14 @@ from pathlib import Path
 
 from transformers import AutoConfig, PreTrainedTokenizerBase
 from transformers.utils.import_utils import is_bitsandbytes_available
-from trl import SFTConfig
 
 from ..checkpoints.whole import check_adapter_folder, check_backbone_folder
 from ..data import TokenizerSettings, check_vocabulary, load_tokenizer
 from .arguments import BackboneArguments
+from .stream_config import RecipeConfig
 
 
-def load_backbone_tokenizer(path: str, backbone: BackboneArguments, training: SFTConfig) -> PreTrainedTokenizerBase:
+def load_backbone_tokenizer(path: str, backbone: BackboneArguments, training: RecipeConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of a backbone, as `eos_token`, `pad_token` and `chat_template_path` ask for it.
 
     Args:
@@ -33,13 +33,14 @@ def load_backbone_tokenizer(path: str, backbone: BackboneArguments, training: SF
             check(Path(folder).expanduser())
     settings = TokenizerSettings(
         backbone.model_revision,
-        training.eos_token,
+        getattr(training, "eos_token", None),  # DPO knows none
         training.pad_token,
-        training.chat_template_path,
+        getattr(training, "chat_template_path", None),
         training.trust_remote_code,
     )
     tokenizer = load_tokenizer(path, settings)
-    training.chat_template_path = None  # TRL would resize the embedding for it
+    if hasattr(training, "chat_template_path"):
+        training.chat_template_path = None  # TRL would resize the embedding for it
     config = AutoConfig.from_pretrained(
         path, revision=backbone.model_revision, trust_remote_code=training.trust_remote_code
     )

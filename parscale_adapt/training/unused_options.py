@@ -4,11 +4,12 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from transformers.trainer_utils import HubStrategy
-from trl import SFTConfig
+
+from .stream_config import RecipeConfig
 
 
-CPT, SFT = "cpt.py", "sft.py"
-BOTH = (CPT, SFT)
+CPT, SFT, DPO, REWARD = "cpt.py", "sft.py", "dpo.py", "reward.py"
+ALL = (CPT, SFT, DPO, REWARD)
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class UnusedOption:
     """An option that has no effect.
 
     Args:
-        name: field of [`trl.SFTConfig`].
+        name: field of the configurations of TRL's trainers.
         remedy: what to do instead.
         recipes: where it has none.
         allowed: values that may be given all the same, besides the default.
@@ -25,7 +26,7 @@ class UnusedOption:
 
     name: str
     remedy: str
-    recipes: tuple[str, ...] = BOTH
+    recipes: tuple[str, ...] = ALL
     allowed: tuple[Any, ...] = ()
     unless: str | None = None
 
@@ -61,23 +62,31 @@ UNUSED_OPTIONS = (
     UnusedOption("train_sampling_strategy", "the rows come shuffled and mixed, so leave it out", (CPT,)),
     UnusedOption("truncation_mode", "nothing is cut, long documents go on in the next row, so leave it out", (CPT,)),
     UnusedOption("dataset_num_proc", "rows are packed by one process, so leave it out", (CPT,)),
+    UnusedOption("truncation_mode", "pairs of more than `max_length` tokens are left out, so leave it out", (DPO,)),
+    UnusedOption("padding_free", "TRL pads pairs anyway, so leave it out", (DPO,)),
+    *(
+        UnusedOption(name, "the reference stays the model as it was before, so leave it out", (DPO,))
+        for name in ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps")
+    ),
 )
 
 
-def refuse_unused_options(training: SFTConfig, recipe: str) -> None:
+def refuse_unused_options(training: RecipeConfig, recipe: str) -> None:
     """Refuse options that were given and would do nothing.
 
     Args:
         training: as it was given, before a recipe changes it.
-        recipe: [`CPT`] or [`SFT`].
+        recipe: one of [`ALL`].
 
     Raises:
         ValueError: there is one; it is named, with what to do instead.
     """
     defaults = {field.name: field.default for field in fields(training) if field.default is not MISSING}
     for option in UNUSED_OPTIONS:
+        if recipe not in option.recipes or option.name not in defaults:
+            continue
         value = getattr(training, option.name)
-        if recipe not in option.recipes or value in (defaults[option.name], *option.allowed):
+        if value in (defaults[option.name], *option.allowed):
             continue
         if option.name == "pad_to_multiple_of" and value is None:  # what TRL makes of the default
             continue

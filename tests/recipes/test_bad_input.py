@@ -5,22 +5,11 @@ import shutil
 
 import pytest
 from peft import LoraConfig, get_peft_model
-from support.recipe_runs import REPOSITORY
+from support.recipe_runs import REPOSITORY, refusal
 from transformers import AutoModelForCausalLM
 
 
 SFT_DEMO = REPOSITORY / "recipes" / "configs" / "sft" / "demo.yaml"
-
-
-def refusal(result, loads_weights=False):
-    """The one sentence with which a run was refused."""
-    assert result.exit_code == 1, result.stderr()[-2000:]
-    assert len(result.errors()) == 1
-    assert "Traceback" not in result.stderr()
-    assert result.stderr().splitlines()[-1] == result.errors()[0]
-    assert result.batches() == []
-    assert ("Loading weights" in result.stderr()) == loads_weights
-    return result.errors()[0]
 
 
 @pytest.fixture(scope="module")

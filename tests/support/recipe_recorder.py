@@ -27,12 +27,14 @@ from accelerate.utils import DeepSpeedPlugin, DistributedType, is_deepspeed_avai
 from torch.distributed.tensor import DTensor
 
 from parscale_adapt import training
-from parscale_adapt.training import StreamTrainer, failures
+from parscale_adapt.training import StreamDPOTrainer, StreamRewardTrainer, StreamTrainer, failures
+from parscale_adapt.training.stream_training import StreamTraining
 from support.injected_faults import inject
 from support.recipe_runs import PROBE
 
 
 RANK = int(os.environ.get("RANK", 0))
+TRAINERS = (StreamTrainer, StreamDPOTrainer, StreamRewardTrainer)
 
 
 def execute(run: dict) -> int:
@@ -49,20 +51,23 @@ def _execute_here(run: dict) -> int:
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(folder / f"{name}.{RANK}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     os.environ.update(run["environment"], TORCHELASTIC_USE_AGENT_STORE="False")
-    _record_batches(folder / f"batches.{RANK}.jsonl", run["kill_at_batch"], run["learning"])
-    _record_logits(folder / f"logits.{RANK}.pt")
+    for trainer in TRAINERS:
+        _record_batches(trainer, folder / f"batches.{RANK}.jsonl", run["kill_at_batch"], run["learning"])
+        _record_logits(trainer, folder / f"logits.{RANK}.pt")
     if run["kill_in_save"]:
         _kill_in_save(run["kill_in_save"])
     if run["spoil_gradient_at"] is not None:
-        _spoil_gradient(run["spoil_gradient_at"])
+        for trainer in TRAINERS:
+            _spoil_gradient(trainer, run["spoil_gradient_at"])
     if run["save_shards"]:
-        StreamTrainer.save_model = lambda self, output_dir, **kwargs: self._save(output_dir)
+        StreamTraining.save_model = lambda self, output_dir, **kwargs: self._save(output_dir)
     if run["fsdp_on_cpu"]:
         _shard_on_cpu()
     _partition_small_parameters()
     failures.SECONDS_FOR_THE_MAIN_PROCESS = 0  # nobody ends the other ranks of a fork
     if run["fail_to_measure"]:
-        StreamTrainer.heldout_loss = _fail
+        for trainer in TRAINERS:
+            trainer.heldout_loss = _fail
     if run["fault"] is not None:
         inject(*run["fault"])
     if run["kill_after"] is not None:
@@ -85,7 +90,7 @@ def _execute_here(run: dict) -> int:
     return 0
 
 
-def _fail(trainer: StreamTrainer) -> float:
+def _fail(trainer: StreamTraining) -> float:
     raise ValueError("There is nothing to measure.")
 
 
@@ -96,9 +101,11 @@ def _resuming(run: dict) -> list[str]:
     return ["--resume_from_checkpoint", "true"] if any(output_dir.glob("checkpoint-*/verified_save.json")) else []
 
 
-def _record_batches(path: Path, kill_at_batch: int | None, records_learning: bool) -> None:
+def _record_batches(
+    trainer: type[StreamTraining], path: Path, kill_at_batch: int | None, records_learning: bool
+) -> None:
     """Write the ids and the loss of each trained batch, before anything is averaged, and die where the run says so."""
-    compute_loss = StreamTrainer.compute_loss
+    compute_loss = trainer.compute_loss
     num_batches = 0
 
     def recording(self, model, inputs, *args, **kwargs):
@@ -108,7 +115,7 @@ def _record_batches(path: Path, kill_at_batch: int | None, records_learning: boo
         if num_batches == kill_at_batch:
             os.kill(os.getpid(), signal.SIGKILL)
         num_batches += 1
-        input_ids, labels = inputs["input_ids"], inputs["labels"]
+        input_ids, labels = inputs["input_ids"], inputs.get("labels", torch.zeros(0))
         kinds = _parameter_kinds(model)
         result = compute_loss(self, model, inputs, *args, **kwargs)
         loss = result[0] if isinstance(result, tuple) else result
@@ -125,12 +132,12 @@ def _record_batches(path: Path, kill_at_batch: int | None, records_learning: boo
             file.write(json.dumps(line) + "\n")
         return result
 
-    StreamTrainer.compute_loss = recording
+    trainer.compute_loss = recording
 
 
-def _spoil_gradient(batch: int) -> None:
+def _spoil_gradient(trainer: type[StreamTraining], batch: int) -> None:
     """Let the gradients of one batch be no numbers, whose loss is finite."""
-    compute_loss = StreamTrainer.compute_loss
+    compute_loss = trainer.compute_loss
     num_batches = 0
 
     def spoiling(self, model, inputs, *args, **kwargs):
@@ -142,7 +149,7 @@ def _spoil_gradient(batch: int) -> None:
             num_batches += 1
         return loss
 
-    StreamTrainer.compute_loss = spoiling
+    trainer.compute_loss = spoiling
 
 
 def _parameter_kinds(model: torch.nn.Module) -> list[str]:
@@ -170,9 +177,9 @@ def _hash_of_frozen(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _record_logits(path: Path) -> None:
+def _record_logits(trainer: type[StreamTraining], path: Path) -> None:
     """Write what the trained model, still in its engine, says to a fixed input."""
-    heldout_loss = StreamTrainer.heldout_loss
+    heldout_loss = trainer.heldout_loss
 
     def recording(self):
         model = self.model_wrapped
@@ -181,19 +188,19 @@ def _record_logits(path: Path) -> None:
             torch.save(model(input_ids=PROBE, use_cache=False).logits, path)
         return heldout_loss(self)
 
-    StreamTrainer.heldout_loss = recording
+    trainer.heldout_loss = recording
 
 
 def _kill_in_save(step: int) -> None:
     """Die while the checkpoint of this step is half written: the adapter is there, the optimizer is not."""
-    save = StreamTrainer._save_optimizer_and_scheduler
+    save = StreamTraining._save_optimizer_and_scheduler
 
     def dying(self, output_dir):
         if self.state.global_step == step:
             os.kill(os.getpid(), signal.SIGKILL)
         save(self, output_dir)
 
-    StreamTrainer._save_optimizer_and_scheduler = dying
+    StreamTraining._save_optimizer_and_scheduler = dying
 
 
 def _shard_on_cpu() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import yaml
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
@@ -78,6 +78,8 @@ def probe_logits(model: torch.nn.Module) -> torch.Tensor:
 
 def reloaded_logits(folder: Path) -> torch.Tensor:
     """What a saved adapter, put on its backbone by PEFT, says to [`PROBE`]."""
+    if json.loads((folder / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS":
+        return probe_logits(AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1))
     return probe_logits(AutoPeftModelForCausalLM.from_pretrained(folder))
 
 
@@ -131,6 +133,17 @@ class Result:
         return self
 
 
+def refusal(result: Result, loads_weights: bool = False) -> str:
+    """The one sentence with which a run was refused."""
+    assert result.exit_code == 1, result.stderr()[-2000:]
+    assert len(result.errors()) == 1
+    assert "Traceback" not in result.stderr()
+    assert result.stderr().splitlines()[-1] == result.errors()[0]
+    assert result.batches() == []
+    assert ("Loading weights" in result.stderr()) == loads_weights
+    return result.errors()[0]
+
+
 def command_line(options: dict[str, Any]) -> list[str]:
     """`{"num_streams": 2}` to `["--num_streams", "2"]`; a list is several words, None leaves an option out."""
     line = []
@@ -154,6 +167,9 @@ class Material:
         pairs = [(f"Continue: {' '.join(parts[:4])}", " ".join(parts[4:9])) for parts in words]
         self.questions = self._write("questions", [{"prompt": one, "completion": two} for one, two in pairs])
         self.conversations = self._write("conversations", [{"messages": _conversation(*pair)} for pair in pairs])
+        rows = [{"prompt": one, "chosen": two, "rejected": " ".join(two.split()[::-1])} for one, two in pairs]
+        rows = [row for row in rows if row["chosen"] != row["rejected"]]
+        self.pairs, self.heldout_pairs = self._write("pairs", rows[:16]), self._write("heldout_pairs", rows[16:])
         self.backbone = self._make_backbone(texts)
 
     def _write(self, name: str, rows: list[dict]) -> str:
@@ -196,8 +212,13 @@ class Material:
         changes = {"dataset_name": self.questions, "max_length": 256, **changes}
         return self.options(**changes)
 
+    def pair_options(self, **changes: Any) -> dict[str, Any]:
+        """A short run of `dpo.py` or `reward.py` in float32; the global batch is 4 pairs."""
+        data = {"dataset_name": self.pairs, "heldout_dataset": self.heldout_pairs, "max_length": 256}
+        return self.options(**{**data, **changes})
+
     def options(self, **changes: Any) -> dict[str, Any]:
-        """What both recipes are given."""
+        """What all recipes are given."""
         return {
             "model_name_or_path": self.backbone,
             "num_streams": 2,
