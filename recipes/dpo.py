@@ -1,7 +1,7 @@
 """Direct preference optimization (DPO) with parallel streams.
 
     accelerate launch recipes/dpo.py                                            # the embedded demo, no network needed
-    accelerate launch recipes/dpo.py --adapter_name_or_path runs/sft-demo       # go on from what sft.py wrote
+    accelerate launch recipes/dpo.py --config recipes/configs/dpo/demo.yaml --adapter_name_or_path runs/sft-demo
     accelerate launch recipes/dpo.py --config recipes/configs/dpo/qwen2.5-3b_ultrafeedback_frozen_p4.yaml
 
 The data has the columns `prompt`, `chosen` and `rejected`, or whole conversations in the latter two; name other columns

@@ -1,7 +1,6 @@
 """A reward model with parallel streams, trained on preference pairs.
 
     accelerate launch recipes/reward.py                                         # the embedded demo, no network needed
-    accelerate launch recipes/reward.py --adapter_name_or_path runs/reward-demo --output_dir runs/reward-again
     accelerate launch recipes/reward.py --config recipes/configs/reward/qwen2.5-3b_ultrafeedback_frozen_p4.yaml
 
 The backbone gets a head of one label in place of its LM head; it is trained with the streams, whose mixture it sees, and

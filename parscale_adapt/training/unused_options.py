@@ -37,7 +37,7 @@ _PUSHED = "the final folder is pushed once, when it is complete, so leave it out
 _MASK = "choose what is trained with --train_on"
 UNUSED_OPTIONS = (
     UnusedOption("model_init_kwargs", _LOADING),
-    UnusedOption("dataset_kwargs", "the recipes prepare their rows themselves, so leave it out"),
+    UnusedOption("dataset_kwargs", "the recipes prepare their rows themselves, so leave it out", (CPT, SFT)),
     UnusedOption("enable_jit_checkpoint", "on SIGTERM every run saves a checkpoint and ends, so leave it out"),
     *(
         UnusedOption(name, "push the final folder with --push_to_hub true, or leave it out", unless="push_to_hub")
@@ -45,7 +45,7 @@ UNUSED_OPTIONS = (
     ),
     UnusedOption("hub_strategy", _PUSHED, allowed=(HubStrategy.END,)),
     UnusedOption("hub_always_push", _PUSHED),
-    UnusedOption("dataset_text_field", "name the column of raw text with --text_field of cpt.py"),
+    UnusedOption("dataset_text_field", "name the column of raw text with --text_field of cpt.py", (CPT, SFT)),
     UnusedOption("assistant_only_loss", "all of the text is trained, so leave it out", (CPT,)),
     UnusedOption("assistant_only_loss", f"{_MASK} all_answers", (SFT,)),
     UnusedOption("completion_only_loss", "all of the text is trained, so leave it out", (CPT,)),

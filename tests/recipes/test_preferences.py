@@ -66,6 +66,15 @@ def test_dpo_trains_all_of_a_backbone_against_one_that_stays(recipes, material):
     check_saved(result)
 
 
+@pytest.mark.parametrize("train_backbone", [False, True])
+def test_log_probabilities_of_the_reference_that_are_computed_before_give_the_same_run(
+    recipes, material, train_backbone
+):
+    options = material.pair_options(train_backbone=train_backbone, learning_rate=1e-2)
+    before = recipes.run("dpo", precompute_ref_log_probs=True, **options).check()
+    assert before.losses == pytest.approx(recipes.run("dpo", **options).check().losses, abs=1e-5)
+
+
 def test_a_reward_model_orders_held_out_pairs_and_is_loaded_by_its_card(recipes, material):
     options = material.pair_options(max_steps=40, learning_rate=1e-2, heldout_dataset=material.pairs)
     result = recipes.run("reward", **options).check()

@@ -15,6 +15,8 @@ METRICS = {
         "train_backbone": False,
     },
     "run": {"backbone": "Qwen/Qwen2.5-3B", "data": ["a.jsonl", "b.jsonl"], "seed": 0},
+    "loss": "loss (nats per token)",
+    "heldout": {},
     "num_adapter_params": 12345,
     "num_tokens": 67890,
     "environment": {"torch": "2.13"},
@@ -31,6 +33,19 @@ def test_the_card_states_the_run(tmp_path, loss, shown):
     for text in ("# my-run", "frozen", "12,345", "67,890", "a.jsonl, b.jsonl", "torch 2.13", shown):
         assert text in body
     assert "| streams differ by | prefix and lora |\n| prefix tokens per stream | 4 |\n" in body
+
+
+def test_the_card_of_a_reward_model_loads_one(tmp_path):
+    pairs = {"loss": "reward loss (nats per pair)", "heldout": {"accuracy": 0.9375}, "heldout_loss": 0.25}
+    path = tmp_path / "README.md"
+    write_card({**METRICS, **pairs}, "judge", path, "AutoPeftModelForSequenceClassification", "text-classification")
+    text = path.read_text()
+    for part in (
+        "pipeline_tag: text-classification",
+        "| held-out loss | 0.2500 nats per pair |\n| held-out accuracy | 0.9375 |",
+        "model = AutoPeftModelForSequenceClassification.from_pretrained(",
+    ):
+        assert part in text
 
 
 def test_the_card_names_prefix_tokens_where_there_are_some(tmp_path):

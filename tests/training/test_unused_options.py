@@ -4,9 +4,9 @@ import dataclasses
 import pathlib
 
 import pytest
-from trl import SFTConfig
+from trl import DPOConfig, RewardConfig, SFTConfig
 
-from parscale_adapt.training.unused_options import CPT, SFT, UNUSED_OPTIONS, refuse_unused_options
+from parscale_adapt.training.unused_options import CPT, DPO, REWARD, SFT, UNUSED_OPTIONS, refuse_unused_options
 
 
 DOCUMENT = pathlib.Path(__file__).parents[2] / "docs" / "data.md"
@@ -21,11 +21,14 @@ VALUES = {
     "truncation_mode": "keep_end",
     "dataset_num_proc": 2,
     "hub_strategy": "checkpoint",
+    "ref_model_mixup_alpha": 0.1,
+    "ref_model_sync_steps": 3,
 }
+CONFIGS = {CPT: SFTConfig, SFT: SFTConfig, DPO: DPOConfig, REWARD: RewardConfig}
 
 
-def arguments(folder, **options):
-    return SFTConfig(output_dir=str(folder), report_to="none", use_cpu=True, bf16=False, **options)
+def arguments(folder, recipe=SFT, **options):
+    return CONFIGS[recipe](output_dir=str(folder), report_to="none", use_cpu=True, bf16=False, **options)
 
 
 @pytest.mark.parametrize("option", UNUSED_OPTIONS, ids=lambda option: f"{option.name}-{'-'.join(option.recipes)}")
@@ -33,34 +36,57 @@ def test_each_is_refused_with_what_to_do_instead(tmp_path, option):
     value = VALUES.get(option.name, True)
     for recipe in option.recipes:
         with pytest.raises(ValueError, match=f"`{option.name}` has no effect in {recipe}, got ") as raised:
-            refuse_unused_options(arguments(tmp_path, **{option.name: value}), recipe)
+            refuse_unused_options(arguments(tmp_path, recipe, **{option.name: value}), recipe)
         assert str(raised.value).endswith(f": {option.remedy}.")
 
 
 def test_the_defaults_and_what_has_an_effect_are_taken(tmp_path):
-    for recipe in (CPT, SFT):
-        refuse_unused_options(arguments(tmp_path), recipe)
+    for recipe in CONFIGS:
+        refuse_unused_options(arguments(tmp_path, recipe), recipe)
     packed = {"packing": True, "eval_packing": False, "dataset_num_proc": 2, "pad_to_multiple_of": 8}
     refuse_unused_options(arguments(tmp_path, **packed), SFT)
     refuse_unused_options(arguments(tmp_path, packing=True, padding_free=True, eval_packing=True), SFT)
 
 
-def test_every_option_of_trl_about_data_was_decided():
-    """A new one has to be put into the table, or among those that have an effect in both recipes."""
-    effective = {
-        "activation_offloading",
-        "chat_template_path",
-        "eos_token",
-        "loss_type",
-        "max_length",
-        "pad_token",
-        "router_aux_loss_coef",
-        "trust_remote_code",
-    }
-    in_sft_alone = {option.name for option in UNUSED_OPTIONS}
-    own = set(SFTConfig.__annotations__) - {"learning_rate", "_VALID_DICT_FIELDS"}
-    assert own - effective <= in_sft_alone
-    assert {field.name for field in dataclasses.fields(SFTConfig)} >= in_sft_alone
+EFFECTIVE = {
+    "activation_offloading",
+    "chat_template_path",
+    "dataset_num_proc",
+    "eos_token",
+    "loss_type",
+    "max_length",
+    "pad_to_multiple_of",
+    "pad_token",
+    "router_aux_loss_coef",
+    "trust_remote_code",
+}
+IN_ONE = {
+    SFT: set(),
+    DPO: {
+        "beta",
+        "disable_dropout",
+        "discopop_tau",
+        "f_alpha_divergence_coef",
+        "f_divergence_type",
+        "label_smoothing",
+        "ld_alpha",
+        "loss_weights",
+        "precompute_ref_batch_size",
+        "precompute_ref_log_probs",
+        "use_weighting",
+    },
+    REWARD: {"center_rewards_coefficient", "disable_dropout"},
+}
+
+
+@pytest.mark.parametrize("recipe", IN_ONE)
+def test_every_option_of_trl_about_data_was_decided(recipe):
+    """A new one has to be put into the table, or among those that have an effect."""
+    refused = {option.name for option in UNUSED_OPTIONS if recipe == SFT or recipe in option.recipes}
+    own = set(CONFIGS[recipe].__annotations__) - {"learning_rate", "_VALID_DICT_FIELDS"}
+    assert own - EFFECTIVE - IN_ONE[recipe] <= refused
+    refused_here = {option.name for option in UNUSED_OPTIONS if recipe in option.recipes}
+    assert {field.name for field in dataclasses.fields(CONFIGS[recipe])} >= refused_here
 
 
 def test_the_document_names_them_all():
