@@ -138,28 +138,14 @@ def write_card(
         path: the file to write.
         loader, pipeline_tag: as in [`StreamTraining`].
     """
-    streams, run = metrics["streams"], metrics["run"]
-    transforms = transform_names(streams["stream_transform"])
+    run = metrics["run"]
     data = ModelCardData(
         library_name="peft",
         base_model=run["backbone"],
         tags=["parscale", "parallel-scaling", "parscale_adapt"],
         pipeline_tag=pipeline_tag,
     )
-    loss = metrics["heldout_loss"]
-    heldout = "not measured" if loss is None else f"{loss:.4f} nats per {metrics['loss'].split()[-1].strip(')')}"
-    rows = [
-        ("backbone", f"`{run['backbone']}`" + (", trained" if streams["train_backbone"] else ", frozen")),
-        ("streams P", streams["num_streams"]),
-        ("streams differ by", " and ".join(transforms)),
-        *([("prefix tokens per stream", streams["num_prefix_tokens"])] if "prefix" in transforms else []),
-        ("adapter parameters", f"{metrics['num_adapter_params']:,}"),
-        ("data", ", ".join(run["data"])),
-        ("tokens seen", f"{metrics['num_tokens']:,}"),
-        ("held-out loss", heldout),
-        *((f"held-out {key}", f"{value:.4g}") for key, value in metrics["heldout"].items()),
-    ]
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    table = "\n".join(f"| {name} | {value} |" for name, value in _card_rows(metrics))
     settings = json.dumps({name: value for name, value in run.items() if value is not None}, indent=2, default=str)
     versions = ", ".join(f"{name} {version}" for name, version in metrics["environment"].items())
     text = f"""---
@@ -193,3 +179,21 @@ Run settings:
 Made on {versions}.
 """
     write_atomically(path, ModelCard(text).save)
+
+
+def _card_rows(metrics: dict[str, Any]) -> list[tuple[str, Any]]:
+    streams, run = metrics["streams"], metrics["run"]
+    transforms = transform_names(streams["stream_transform"])
+    loss = metrics["heldout_loss"]
+    heldout = "not measured" if loss is None else f"{loss:.4f} nats per {metrics['loss'].split()[-1].strip(')')}"
+    return [
+        ("backbone", f"`{run['backbone']}`" + (", trained" if streams["train_backbone"] else ", frozen")),
+        ("streams P", streams["num_streams"]),
+        ("streams differ by", " and ".join(transforms)),
+        *([("prefix tokens per stream", streams["num_prefix_tokens"])] if "prefix" in transforms else []),
+        ("adapter parameters", f"{metrics['num_adapter_params']:,}"),
+        ("data", ", ".join(run["data"])),
+        ("tokens seen", f"{metrics['num_tokens']:,}"),
+        ("held-out loss", heldout),
+        *((f"held-out {key}", f"{value:.4g}") for key, value in metrics["heldout"].items()),
+    ]
