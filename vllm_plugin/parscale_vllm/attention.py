@@ -216,14 +216,16 @@ class StreamAttention(Attention):
         return self.num_slots > self.first_free_block * self.block_size
 
     @torch.no_grad()
-    def write_prefix(self) -> None:
-        """Write the prefix into its blocks of the bound cache."""
+    def write_prefix(self, empty: bool = False) -> None:
+        """Write the prefix, or an empty one of zeros, into its blocks of the bound cache."""
         dtype, device = self.kv_cache_torch_dtype, self.kv_cache.device
         key, value = (
             # `[P, h, n, d]` to one token of all streams' heads a row
             prefix(dtype).to(device).permute(2, 0, 1, 3).flatten(1, 2).contiguous()
             for prefix in (self.prefix_k, self.prefix_v)
         )
+        if empty:
+            key, value = torch.zeros_like(key), torch.zeros_like(value)
         first = _FIRST_BLOCK * self.block_size
         slots = torch.arange(first, first + self.num_prefix_tokens, device=device)
         self.impl.do_kv_cache_update(self, key, value, self.kv_cache, slots)

@@ -70,14 +70,17 @@ class InStreams:
         """Token ids `[T]` or embeddings `[T, H]` to aggregated hidden states `[T, H]`."""
         if inputs_embeds is None:
             inputs_embeds = self.embed_input_ids(input_ids)
-        rows = self.model(
+        return self.aggregator(self.rows(inputs_embeds, positions, **kwargs))[0]
+
+    def rows(self, inputs_embeds: torch.Tensor, positions: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Embeddings `[T, H]` to the final hidden states of all streams `[P, T, H]`."""
+        return self.model(
             inputs_embeds=self.layout.replicate(inputs_embeds[None]),
             position_ids=positions[None],
             use_cache=False,
             return_dict=False,
             **kwargs,
         )[0]
-        return self.aggregator(rows)[0]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load an export, or new weights into a running engine."""
@@ -93,9 +96,9 @@ class InStreams:
         self.num_bound += 1
         if self.num_bound % len(self.attention_layers) or not self.attention_layers[0].has_room:
             return
-        self._write_prefixes()
         if self.reference is not None:
             verify(self, self.reference)
+        self._write_prefixes()
 
     def _write_prefixes(self) -> None:
         for layer in self.attention_layers:

@@ -2,26 +2,34 @@
 
 import json
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
 from transformers.utils import cached_file
 from vllm.config import set_current_vllm_config
-from vllm.forward_context import set_forward_context
 from vllm.platforms import current_platform
-from vllm.utils.math_utils import cdiv
-from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.worker.utils import select_common_block_size
+
+from .scratch_run import ScratchRun
 
 
 logger = logging.getLogger("vllm.parscale")
 
 REFERENCE_FILE = "reference_logits.safetensors"
-# Half-precision kernels of two programs round at other places, and a program that serves in a narrower dtype than the
-# export's has no measured tolerance: so many times the dtype's rounding of the largest logit is allowed then.
+# The export's tolerance is that of its own kernels; others may round a little more.
 _ROUNDINGS = 16
+# A control is told apart where it differs by more than so many times what the dtype rounds. What is served must then be
+# nearer to the reference, by this ratio.
+_TOLD_APART, _NEARER = 2, 0.8
+
+
+class Row(NamedTuple):
+    """One prompt `[T]`, and the logits `[N, V]` of its last tokens."""
+
+    tokens: torch.Tensor
+    logits: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -36,17 +44,15 @@ class Reference:
     tensors: dict[str, torch.Tensor]
     tolerances: dict[str, float]
 
-    def rows(self, kind: str) -> list[tuple[torch.Tensor, int, torch.Tensor]]:
-        """Of every prompt: its tokens `[T]`, how many of the last ones are compared, and their logits `[N, V]`."""
-        found = []
+    def rows(self, kind: str, longest: int) -> Iterator[Row]:
+        """Every prompt of up to `longest` tokens, without its padding."""
         for name in (name for name in self.tensors if name.endswith("input_ids")):
             beginning, tokens = name.removesuffix("input_ids"), self.tensors[name]
             is_token = self.tensors.get(f"{beginning}attention_mask", torch.ones_like(tokens)).bool()
             compared = self.tensors.get(f"{beginning}compared", torch.ones_like(tokens)).bool()
-            counts = compared.sum(-1).tolist()
-            logits = self.tensors[beginning + kind].float().split(counts)
-            found += zip((row[mask] for row, mask in zip(tokens, is_token)), counts, logits)
-        return found
+            logits = self.tensors[beginning + kind].float().split(compared.sum(-1).tolist())
+            rows = (Row(row[mask], of_row) for row, mask, of_row in zip(tokens, is_token, logits))
+            yield from (row for row in rows if len(row.tokens) <= longest)
 
 
 def find_reference(model_config: Any) -> Reference | None:
@@ -77,88 +83,98 @@ def find_reference(model_config: Any) -> Reference | None:
         return Reference({name: file.get_tensor(name) for name in file.keys()}, tolerances)  # noqa: SIM118
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Logits `[N, V]` in float32.
+
+    Args:
+        expected: of the reference.
+        served: of the engine.
+        controls: of what must not be served, by their names.
+        allowed: the largest difference; None where the engine computes in another dtype than the export did.
+        rounding: root mean square of what the dtype rounds, about.
+    """
+
+    expected: torch.Tensor
+    served: torch.Tensor
+    controls: dict[str, torch.Tensor]
+    allowed: float | None
+    rounding: float
+
+    def problem(self) -> str | None:
+        """What shows that another model is served; None if nothing does.
+
+        Half precision may round as much as damage to the streams changes, so that logits near the reference don't say
+        enough there.
+        """
+        largest = float((self.served - self.expected).abs().max())
+        if self.allowed is not None and not largest <= self.allowed:  # true for no number, too
+            return f"logits of the reference prompts are off by {largest:.3g}, and {self.allowed:.3g} is allowed"
+        error = _rms(self.served - self.expected)
+        for name, control in self.controls.items():
+            if torch.equal(control, self.served):
+                return f"its logits are those of {name}"
+            is_apart = _rms(control - self.served) > _TOLD_APART * self.rounding
+            if is_apart and not error < _NEARER * _rms(control - self.expected):
+                return f"its logits are no nearer to those of the export than those of {name}"
+        return None
+
+    def __str__(self) -> str:
+        errors = {"served": self.served, **self.controls}
+        return ", ".join(f"{name} is off by {_rms(logits - self.expected):.3g}" for name, logits in errors.items())
+
+
+def _rms(values: torch.Tensor) -> float:
+    return float(values.double().square().mean().sqrt())
+
+
 def verify(model: Any, reference: Reference) -> None:
     """Compare a model with its reference, on blocks of the bound cache that no request has taken yet.
 
     Raises:
-        ValueError: its logits differ.
+        ValueError: another model would be served.
     """
-    dtype = model.model_config.dtype
-    kind = "logits_float32" if dtype is torch.float32 and "logits_float32" in reference.tolerances else "logits"
-    run = ScratchRun(model)
-    largest, differences = 0.0, []
-    with torch.no_grad(), set_current_vllm_config(model.vllm_config), current_platform.inference_mode():
-        for tokens, num_compared, expected in reference.rows(kind):
-            if len(tokens) > run.num_tokens:
-                continue
-            logits = run.logits(tokens, num_compared)
-            if logits is not None:  # ranks but the first may get none
-                differences.append(float((logits - expected).abs().max()))
-                largest = max(largest, float(expected.abs().max()))
-    allowed = max(reference.tolerances[kind], _ROUNDINGS * torch.finfo(dtype).eps * largest)
-    if differences and not max(differences) <= allowed:  # true for no number, too
+    comparison = _compare(model, reference)
+    if comparison is None:
+        return
+    problem = comparison.problem()
+    if problem is not None:
         raise ValueError(
-            f"What vLLM would serve is not what was exported: logits of the reference prompts are off by "
-            f"{max(differences):.3g}, and {allowed:.3g} is allowed in {str(dtype).removeprefix('torch.')}; check the export "
-            "with `parscale verify`, and report it with the versions of vLLM and parscale-vllm."
+            f"What vLLM would serve is not what was exported: {problem}; check the export with `parscale verify`, and "
+            "report it with the versions of vLLM and parscale-vllm."
         )
     logger.info(
-        "Verified on %d prompts in %d streams: logits are off by %.3g at most, %.3g is allowed.",
-        len(differences),
+        "Verified in %d streams; root mean square of %d x %d logits: %s.",
         model.layout.num_streams,
-        max(differences, default=0.0),
-        allowed,
+        *comparison.expected.shape,
+        comparison,
     )
 
 
-class ScratchRun:
-    """Runs single prompts through a model behind the prefix of its cache.
-
-    `num_tokens` is the length for which the cache has room.
-    """
-
-    def __init__(self, model: Any):
-        self.model, self.config = model, model.vllm_config
-        layer = model.attention_layers[0]
-        self.first_slot = layer.first_free_block * self.config.cache_config.block_size
-        self.num_tokens = layer.num_slots - self.first_slot
-        spec = layer.get_kv_cache_spec(self.config)
-        self.block_size = select_common_block_size(spec.block_size, [layer.attn_backend], [spec])
-        self.names = [layer.layer_name for layer in model.attention_layers]
-        self.device = layer.kv_cache.device
-        self.builder = layer.attn_backend.get_builder_cls()(
-            spec.copy_with_new_block_size(self.block_size), self.names, self.config, self.device
-        )
-
-    def logits(self, tokens: torch.Tensor, num_compared: int) -> torch.Tensor | None:
-        """Logits `[num_compared, V]` of the last tokens of a prompt `[T]`, in float32 on the CPU."""
-        num_tokens = len(tokens)
-        slots = torch.arange(self.first_slot, self.first_slot + num_tokens, device=self.device)
-        metadata = self.builder.build(0, self._batch_of_one(num_tokens, slots))
-        with set_forward_context(
-            dict.fromkeys(self.names, metadata),
-            self.config,
-            num_tokens=num_tokens,
-            slot_mapping=dict.fromkeys(self.names, slots),
-        ):
-            positions = torch.arange(num_tokens, device=self.device)
-            hidden_states = self.model(tokens.to(self.device), positions)
-        logits = self.model.compute_logits(hidden_states[-num_compared:])
-        return None if logits is None else logits.float().cpu()
-
-    def _batch_of_one(self, num_tokens: int, slots: torch.Tensor) -> CommonAttentionMetadata:
-        first_block = self.first_slot // self.block_size
-        blocks = torch.arange(first_block, first_block + cdiv(num_tokens, self.block_size), dtype=torch.int32)
-        starts, lengths = (torch.tensor(values, dtype=torch.int32) for values in ([0, num_tokens], [num_tokens]))
-        return CommonAttentionMetadata(
-            query_start_loc=starts.to(self.device),
-            query_start_loc_cpu=starts,
-            seq_lens=lengths.to(self.device),
-            seq_lens_cpu_upper_bound=lengths,
-            num_reqs=1,
-            num_actual_tokens=num_tokens,
-            max_query_len=num_tokens,
-            max_seq_len=num_tokens,
-            block_table_tensor=blocks[None].to(self.device),
-            slot_mapping=slots,
-        )
+def _compare(model: Any, reference: Reference) -> Comparison | None:
+    """None on ranks that get no logits."""
+    dtype, exact = model.model_config.dtype, "logits_float32"
+    kind = exact if dtype is torch.float32 and exact in reference.tolerances else "logits"
+    run = ScratchRun(model)
+    rows = list(reference.rows(kind, run.num_tokens))
+    with torch.no_grad(), set_current_vllm_config(model.vllm_config), current_platform.inference_mode():
+        for layer in model.attention_layers:
+            layer.write_prefix(empty=True)
+        without_prefix = [run.logits(tokens, len(logits))["served"] for tokens, logits in rows]
+        for layer in model.attention_layers:
+            layer.write_prefix()
+        found = [run.logits(tokens, len(logits)) for tokens, logits in rows]
+    if found[0]["served"] is None:
+        return None
+    expected = torch.cat([row.logits for row in rows])
+    rounding = torch.finfo(dtype).eps * float(expected.abs().max())
+    allowed = max(reference.tolerances[kind], _ROUNDINGS * rounding)
+    if kind == "logits" and exact in reference.tolerances:
+        rounding = _rms(expected - torch.cat([row.logits for row in reference.rows(exact, run.num_tokens)]))
+    return Comparison(
+        expected,
+        torch.cat([logits["served"] for logits in found]),
+        {"empty prefixes": torch.cat(without_prefix), "the first stream": torch.cat([one["single"] for one in found])},
+        allowed if reference.tensors[kind].dtype is dtype else None,
+        rounding,
+    )
