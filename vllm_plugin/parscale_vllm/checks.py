@@ -5,6 +5,8 @@ from typing import Any
 
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
+from .reference import find_reference
+
 
 logger = logging.getLogger("vllm.parscale")
 
@@ -22,8 +24,6 @@ class EngineChecks(VerifyAndUpdateConfig):
         Raises:
             ValueError: an option does not go with streams, or the export has no reference.
         """
-        from .reference import find_reference  # imports what may not be imported before a device is chosen
-
         streams = vllm_config.model_config.hf_config.parscale
         refuse_options(vllm_config)
         find_reference(vllm_config.model_config)

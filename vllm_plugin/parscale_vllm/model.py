@@ -18,7 +18,8 @@ from vllm.model_executor.models.transformers.base import VLLM_ATTN_ATTR
 from .attention import STREAM_ATTENTION, StreamAttention
 from .core.aggregator import AGGREGATORS
 from .core.layout import UniformLayout
-from .reference import find_reference, verify
+from .reference import find_reference
+from .verification import verify
 
 
 _NAMES = (

@@ -53,7 +53,7 @@ class TestComparison:
 
     @staticmethod
     def problem(served=0.0, empty=1.0, allowed=0.1, rounding=0.01):
-        from parscale_vllm.reference import Comparison
+        from parscale_vllm.verification import Comparison
 
         logits = [torch.full((2, 3), value) for value in (0.0, served, empty)]
         return Comparison(logits[0], logits[1], {"empty prefixes": logits[2]}, allowed, rounding).problem()
