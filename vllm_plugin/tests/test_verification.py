@@ -61,9 +61,12 @@ class TestComparison:
     def test_what_is_near_the_reference_and_no_control_is_served(self):
         assert self.problem(served=0.05) is None
 
-    @pytest.mark.parametrize("served", [0.2, float("nan")])
-    def test_what_is_off_by_more_than_is_allowed(self, served):
-        assert "off by" in self.problem(served=served)
+    def test_what_is_off_by_more_than_is_allowed(self):
+        assert "are off by 0.2, and 0.1 is allowed" in self.problem(served=0.2)
+
+    @pytest.mark.parametrize("allowed", [2, None])
+    def test_what_is_no_number(self, allowed):
+        assert "no numbers" in self.problem(served=float("nan"), allowed=allowed)
 
     @pytest.mark.parametrize("allowed", [2, None])
     def test_what_is_a_control(self, allowed):
