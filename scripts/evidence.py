@@ -1,7 +1,7 @@
 """Does it help? Streams, LoRA, prefix tuning and full training of SmolLM2-135M on the same unseen tokens.
 
-    python scripts/evidence.py                                  # on the CPU, one run after another, resumable
-    python scripts/evidence.py --deadline 3300                  # start no run after 55 minutes
+    python scripts/evidence.py --processes 2                    # on two cores, resumable
+    python scripts/evidence.py --processes 2 --deadline 3300    # start no run after 55 minutes
     python scripts/evidence.py --device cuda                    # all of it on one GPU
     python scripts/evidence.py --only lora8+streams4 --seed 0   # one row
 
@@ -62,7 +62,7 @@ class _Worker:
 
     @classmethod
     def start(cls, place: Place) -> None:
-        torch.set_num_threads(1 if place.device != "cpu" else int(os.environ.get("OMP_NUM_THREADS", "2")))
+        torch.set_num_threads(1)  # one more process gives more than one more thread
         if place.device != "cpu":
             os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
             torch.use_deterministic_algorithms(True, warn_only=True)

@@ -123,7 +123,7 @@ Runs ([table](evidence/runs.csv)): {row["machine"]}, weights in float32, product
 Sweeps ([table](evidence/sweeps.csv)): {swept["machine"]}, float32 with TF32 products, {swept["versions"]}.
 
 ```bash
-python scripts/evidence.py                                  # all rows, on the CPU in pieces, resumable
+python scripts/evidence.py --processes 2                    # all rows, on two cores in pieces, resumable
 python scripts/evidence.py --device cuda --csv runs_gpu.csv # on a GPU
 python scripts/evidence.py --only lora8+streams4 --seed 0 --csv mine.csv  # one row again, by its name
 python scripts/evidence_page.py                             # this page, from the tables
@@ -174,8 +174,8 @@ def not_run(results: Results, planned: list[str]) -> str:
     return f"""
 ## What was not run, and why
 
-{len(missing)} of {len(planned)} experiments wait for more hours, since a row takes from 7 minutes (P=1) to an hour (P=8) of
-2 idle cores: {", ".join(f"`{name}`" for name in missing)}.{_seeds(results)}
+{len(missing)} of {len(planned)} experiments wait for more hours, since a row takes from 12 minutes (P=1) to more than an hour (P=8) of
+one idle core: {", ".join(f"`{name}`" for name in missing)}.{_seeds(results)}
 
 The demo stays the embedded one: 50 steps of four streams on SmolLM2 take more than ten minutes on 2 cores.
 """

@@ -18,6 +18,11 @@ from ..models.qwen2_parscale import Qwen2ParScaleAttention
 
 PREFIX, AGGREGATOR, LORA, BACKBONE = "prefix", "aggregator", "lora", "backbone"
 RATE_OPTIONS = tuple(f"{part}_learning_rate" for part in (PREFIX, AGGREGATOR, LORA))  # fields of `StreamConfig`
+# What trained best in the sweeps of docs/evidence.md; what streams differ by has one for each kind.
+ADVISED_RATES = {AGGREGATOR: 3e-4, LORA: 1e-3, BACKBONE: 3e-5}
+_ADVISED_FOR_PREFIXES = 1e-2
+_ADVISED_BESIDE_OTHERS = 3e-3  # prefixes beside any LoRA, and reparameterized ones
+_ADVISED_FOR_LOW_RANK = 2e-3  # each stream's own LoRA, or biases
 _LOOKED_FOR = {
     PREFIX: "prefix, LoRA or bias of a stream",
     AGGREGATOR: "aggregator with parameters",
@@ -81,6 +86,28 @@ def given_rates(prefix: float | None, aggregator: float | None, lora: float | No
     for part, rate in rates.items():
         check_rate(f"{part}_learning_rate", rate)
     return rates
+
+
+def advised_rates(model: nn.Module) -> dict[str, float]:
+    """The rate of each part of `model` that is trained, by the sweeps of docs/evidence.md on SmolLM2-135M.
+
+    They were measured with a frozen backbone, started from tokens, and with the whole backbone in one stream. Biases
+    were not: they have the rate of a stream's own LoRA.
+    """
+    owners = _parts(model)
+    trained = {owners.get(id(p), BACKBONE) for p in model.parameters() if p.requires_grad}
+    return {part: ADVISED_RATES[part] if part != PREFIX else _advised_for_streams(model) for part in sorted(trained)}
+
+
+def _advised_for_streams(model: nn.Module) -> float:
+    modules = list(model.modules())
+    has_prefixes = any(isinstance(module, StreamPrefix | Qwen2ParScaleAttention) for module in modules)
+    has_reparameterized = any(isinstance(module, ReparameterizedPrefix) for module in modules)
+    if not has_prefixes and not has_reparameterized:
+        return _ADVISED_FOR_LOW_RANK
+    if has_reparameterized or any(isinstance(module, StreamLora | StreamBias | LoraLayer) for module in modules):
+        return _ADVISED_BESIDE_OTHERS
+    return _ADVISED_FOR_PREFIXES
 
 
 def check_rate(name: str, rate: float) -> None:

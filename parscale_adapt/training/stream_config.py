@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from trl import DPOConfig, RewardConfig, SFTConfig
 
-from .learning_rates import check_rate, given_rates
+from .learning_rates import ADVISED_RATES, BACKBONE, check_rate, given_rates
 
 
 @dataclass
@@ -48,10 +48,21 @@ class StreamOptions:
 class StreamConfig(StreamOptions, SFTConfig):
     """[`trl.SFTConfig`] with what [`StreamTrainer`] adds; arguments of `cpt.py` and `sft.py`.
 
+    Attributes:
+        advises_rates: whether no `learning_rate` was given, so that each part without a rate has that of `advised_rates`.
+
     Raises:
         ValueError: a learning rate isn't positive and finite, or the weight of the diversity term is negative.
     """
 
+    learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Peak learning rate of every part without one of its own; without it, each part has the one that "
+            "docs/training.md advises for it."
+        },
+    )
+    advises_rates: bool = field(default=False, init=False)
     diversity_weight: float = field(
         default=0.0,
         metadata={
@@ -65,6 +76,9 @@ class StreamConfig(StreamOptions, SFTConfig):
             raise ValueError(
                 f"`diversity_weight` must be a finite number of at least 0, got {self.diversity_weight!r}."
             )
+        self.advises_rates = self.learning_rate is None
+        if self.advises_rates:
+            self.learning_rate = ADVISED_RATES[BACKBONE]
         super().__post_init__()
 
 

@@ -21,7 +21,14 @@ from ..tuner.near_identity import NearIdentity
 from .failures import TrainingStopped
 from .finiteness import FiniteCheck, on_one_mesh
 from .hub import asking_the_hub
-from .learning_rates import RATE_OPTIONS, LearningRatesCallback, given_rates, refuse_idle_rates, set_rates
+from .learning_rates import (
+    RATE_OPTIONS,
+    LearningRatesCallback,
+    advised_rates,
+    given_rates,
+    refuse_idle_rates,
+    set_rates,
+)
 from .resuming import UNFOLDED_FILE, ResumingTrainer, has_unfolded_prefixes
 from .run_folder import drop_old_checkpoints, verified_checkpoints
 from .saving import naming_what_was_not_written, verified_save, whole_state
@@ -56,6 +63,8 @@ class StreamTraining(ResumingTrainer):
         self._termination = TerminationCallback(self)
         self.add_callback(self._termination)
         self._own_rates = given_rates(*(getattr(self.args, name, None) for name in RATE_OPTIONS))
+        if getattr(self.args, "advises_rates", False) and self.optimizer is None:
+            self._own_rates = {**advised_rates(self.model), **self._own_rates}
         self._check_rates()
         self.heldout_metrics: dict[str, float] = {}
         self._finite = FiniteCheck(self.accelerator)
@@ -214,7 +223,8 @@ class StreamTraining(ResumingTrainer):
         for name in ("optimizer", "scheduler"):
             if name in config:
                 raise ValueError(
-                    f"{options} would not reach DeepSpeed's own {name}: leave `{name}` out of the DeepSpeed configuration."
+                    f"{options} would not reach DeepSpeed's own {name}: leave `{name}` out of the DeepSpeed configuration, "
+                    "or give one `learning_rate` for all parts."
                 )
 
     def _check_engine(self) -> None:

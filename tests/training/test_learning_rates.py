@@ -11,6 +11,7 @@ from trl import SFTTrainer
 
 from parscale_adapt import ParScaleConfig, Qwen2ParScaleConfig, Qwen2ParScaleForCausalLM, parameter_groups
 from parscale_adapt.training import StreamConfig, StreamTrainer
+from parscale_adapt.training.learning_rates import advised_rates
 
 
 RATES = {"prefix_learning_rate": 1e-2, "aggregator_learning_rate": 3e-4, "lora_learning_rate": 1e-3}
@@ -214,3 +215,58 @@ class LayerWise(torch.optim.SGD):
 
     def __init__(self, groups):
         super().__init__([torch.nn.Parameter(random_tokens(1, 1).float())], lr=1.0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "rate"),
+    [
+        ({"num_prefix_tokens": 3}, 1e-2),
+        ({"num_prefix_tokens": 3, "init_weights": "reparameterized"}, 3e-3),
+        ({"num_prefix_tokens": 3, "lora": SHARED_LORA}, 3e-3),
+        ({"num_prefix_tokens": 3, **TOGETHER}, 3e-3),
+        ({"stream_transform": "lora"}, 2e-3),
+        ({"stream_transform": "bitfit"}, 2e-3),
+    ],
+)
+def test_the_advice_is_what_the_sweeps_found(fields, rate):
+    model = get_peft_model(tiny_model(), ParScaleConfig(num_streams=2, **fields))
+    expected = {"prefix": rate, "aggregator": 3e-4} | ({"lora": 1e-3} if "lora" in fields else {})
+    assert advised_rates(model) == expected
+
+
+def test_the_advice_names_only_what_is_trained():
+    whole = get_peft_model(tiny_model(), ParScaleConfig(num_streams=2, num_prefix_tokens=3, train_backbone=True))
+    assert advised_rates(whole) == {"prefix": 1e-2, "aggregator": 3e-4, "backbone": 3e-5}
+    mean = get_peft_model(tiny_model(), ParScaleConfig(num_streams=2, num_prefix_tokens=3, aggregator="mean"))
+    assert advised_rates(mean) == {"prefix": 1e-2}
+    assert advised_rates(tiny_model()) == {"backbone": 3e-5}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"prefix": 3e-3, "aggregator": 3e-4, "lora": 1e-3}),
+        ({"prefix_learning_rate": 0.5}, {"prefix": 0.5, "aggregator": 3e-4, "lora": 1e-3}),
+        ({"learning_rate": 0.25, "prefix_learning_rate": 0.5}, {"prefix": 0.5, "aggregator": 0.25, "lora": 0.25}),
+    ],
+)
+def test_a_run_without_a_rate_takes_the_advice(tmp_path, given, expected):
+    trainer = stream_trainer(with_shared_lora(), tmp_path, **{"learning_rate": None, **given})
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert {name: log[f"learning_rate/{name}"] for name in expected} == pytest.approx(expected)
+
+
+def test_an_optimizer_of_ones_own_keeps_its_rates(tmp_path):
+    model = with_shared_lora()
+    settings = {"save_strategy": "no", "report_to": "none", "max_steps": 1, "use_cpu": True, "bf16": False}
+    optimizer = torch.optim.SGD(parameter_groups(model, learning_rate=0.5))
+    trainer = StreamTrainer(
+        model,
+        StreamConfig(output_dir=str(tmp_path), lr_scheduler_type="constant", **settings),
+        train_dataset=rows_of_uneven_lengths(),
+        processing_class=word_tokenizer(),
+        optimizers=(optimizer, None),
+    )
+    trainer.train()
+    assert {group["lr"] for group in optimizer.param_groups} == {0.5}
