@@ -5,7 +5,7 @@ BASE := .venv/installed-base
 INSTALLED := .venv/installed
 VLLM_INSTALLED := .venv-vllm/installed
 
-.PHONY: demo test test-fast test-gpu test-lowest test-newest test-vllm lint bench compatibility faults clean
+.PHONY: demo test test-fast test-gpu test-lowest test-newest test-vllm lint bench bench-gpu compatibility faults clean
 
 demo: $(BASE)
 	$(BIN)/python scripts/demo.py
@@ -61,9 +61,14 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# On a machine that does nothing else; writes its part of docs/benchmarks.md.
 bench: $(INSTALLED)
-	$(BIN)/python benchmarks/train_step.py
-	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks/bench.py --json bench.json --page docs/benchmarks.md
+
+# The shape of Qwen2.5-3B in bfloat16 on one GPU of 80 GB; prints its tables and writes bench-gpu.json.
+bench-gpu: $(INSTALLED)
+	$(BIN)/python benchmarks/bench.py --device cuda --dtype bfloat16 --hidden_size 2048 --num_layers 36 \
+		--intermediate_size 11008 --num_heads 16 --vocab_size 151936 --max_cache_gib 8 --json bench-gpu.json
 
 compatibility: $(INSTALLED)
 	$(BIN)/python scripts/compatibility.py

@@ -22,17 +22,19 @@ from parscale_adapt import ParScaleConfig
 
 
 def build_backbone(args: argparse.Namespace) -> Qwen2ForCausalLM:
+    """Random weights; `intermediate_size` and `num_heads` may be left out, as scripts for small shapes do."""
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=args.vocab_size,
         hidden_size=args.hidden_size,
-        intermediate_size=args.hidden_size * 8 // 3 // 32 * 32,
+        intermediate_size=getattr(args, "intermediate_size", None) or args.hidden_size * 8 // 3 // 32 * 32,
         num_hidden_layers=args.num_layers,
-        num_attention_heads=args.hidden_size // 64,
+        num_attention_heads=getattr(args, "num_heads", None) or args.hidden_size // 64,
         num_key_value_heads=2,
         max_position_embeddings=4096,
     )
-    return Qwen2ForCausalLM(config).to(args.device, getattr(torch, args.dtype)).train()
+    with torch.device(args.device):
+        return Qwen2ForCausalLM(config).to(getattr(torch, args.dtype)).train()
 
 
 def make_step(model: torch.nn.Module, input_ids: torch.Tensor):

@@ -2,14 +2,20 @@
 
 import contextlib
 import io
+import itertools
 import json
+import os
 import re
 import runpy
+import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache, Qwen2Config
 
 from parscale_adapt import cli
 from parscale_adapt.analysis.measured import read_measured
@@ -142,3 +148,117 @@ def test_the_serving_benchmark_asks_a_server_of_every_number_of_streams(tmp_path
 def test_the_serving_benchmark_says_where_vllm_comes_from(tmp_path):
     with pytest.raises(SystemExit, match="run `make test-vllm`, or name another with --vllm_python"):
         run("serving.py", "--vllm_python", str(tmp_path / "nowhere"))
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """Figures, screen and page of benchmarks/bench.py, in a process of its own, since it forks."""
+    folder = tmp_path_factory.mktemp("bench")
+    page = folder / "page.md"
+    page.write_text("before\n<!-- bench: begin -->\nold\n<!-- bench: end -->\nafter\n")
+    sizes = "--train_streams 2 4 --seq_len 16 --train_repeats 1 --decode_streams 1 2 --batch_sizes 1 2 --contexts 8 32"
+    output = bench(
+        *TINY, *sizes.split(), "--output_len", "3", "--no-compile", "--json", folder / "b.json", "--page", page
+    )
+    return json.loads((folder / "b.json").read_text()), output, page
+
+
+def bench(*arguments):
+    command = [sys.executable, REPOSITORY / "benchmarks" / "bench.py", *map(str, arguments)]
+    environment = {**os.environ, "COLUMNS": "250", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.slow
+def test_one_run_measures_every_kind_of_step_with_its_peak_and_the_limit(whole_run):
+    rows = whole_run[0]["training"]
+    kinds = ("plain backbone", "streams", "streams in chunks")
+    expected = {("frozen", 1, "LoRA", checkpointed) for checkpointed in (False, True)} | {
+        (training, streams, kind, checkpointed)
+        for training in ("frozen", "full")
+        for streams in (2, 4)
+        for kind in kinds
+        for checkpointed in (False, True)
+    }
+    assert {(row["training"], row["num_streams"], row["kind"], row["checkpointed"]) for row in rows} == expected
+    assert all(row["fraction_of_limit"] > 0 and row["seconds"] > 0 and row["peak_mib"] >= 0 for row in rows)
+    assert all(row["time_ratio"] == 1 for row in rows if row["kind"] == "plain backbone")
+
+
+@pytest.mark.slow
+def test_one_run_measures_every_cache_batch_and_context(whole_run):
+    rows = whole_run[0]["decoding"]
+    cases = [(row["batch_size"], row["context"], row["cache"], row["num_streams"]) for row in rows]
+    assert cases == list(itertools.product((1, 2), (8, 32), ("dynamic", "static"), (1, 2)))
+    assert all(row["ratio"] == 1 for row in rows if row["num_streams"] == 1)
+    assert all(row["ms_per_token"] > 0 and row["prefill_seconds"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_the_page_holds_the_run_between_its_marks_and_can_be_written_again(whole_run, tmp_path):
+    figures, output, page = whole_run
+    text = page.read_text()
+    assert text.startswith("before\n<!-- bench: begin -->\n")
+    assert text.endswith("<!-- bench: end -->\nafter\n")
+    assert "old" not in text
+    assert f"torch {torch.__version__}" in text
+    assert figures["command"] in text
+    assert text.count("\n| ") == len(figures["training"]) + len(figures["decoding"]) + 4  # two heads, two rules
+    for name in ("bench_training.png", "bench_decoding.png"):
+        assert f"images/{name}" in text
+        assert (page.parent / "images" / name).read_bytes().startswith(b"\x89PNG")
+    again = tmp_path / "page.md"
+    again.write_text("<!-- bench: begin --><!-- bench: end -->")
+    assert bench("--from_json", page.parent / "b.json", "--page", again) == output
+    assert again.read_text().strip() in text
+
+
+def test_a_page_without_marks_is_refused(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    from bench_page import write_page
+
+    page = tmp_path / "page.md"
+    page.write_text("<!-- bench: begin -->")
+    with pytest.raises(
+        ValueError, match="must have the lines <!-- bench: begin --> and <!-- bench: end --> once each"
+    ):
+        write_page({}, page)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_streams", [1, 3])
+def test_the_arithmetic_of_the_limit_is_what_torch_counts(monkeypatch, num_streams):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    import decode_cases
+    from limits import ForwardPass, Limits, forward_work, seconds_at_limit
+
+    args = Namespace(hidden_size=128, num_layers=2, vocab_size=64, device="cpu", dtype="float32")
+    model = decode_cases._model(args, num_streams)
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=torch.zeros(2, 1, dtype=torch.long), use_cache=False)
+    work = forward_work(model.config, 4, ForwardPass(num_streams, batch_size=2, num_tokens=1))
+    # torch counts no attention of one token to itself alone, which it does by a kernel that it doesn't know.
+    attention = 0 if num_streams > 1 else work[1].flops
+    assert sum(part.flops for part in work) - attention == counter.get_total_flops()
+    decoder = model.get_base_model().model if num_streams > 1 else model.model
+    matrices = sum(p.nbytes for name, p in decoder.layers.named_parameters() if p.dim() == 2)
+    assert work[0].num_bytes == matrices
+    assert seconds_at_limit(work, Limits(1, 1e30)) == sum(part.flops for part in work)
+    assert seconds_at_limit(work, Limits(1e30, 1)) == sum(part.num_bytes for part in work)
+
+
+def test_caches_that_are_too_large_are_left_out(monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    from decode_cases import cache_bytes, decode_cases
+
+    config = Qwen2Config(hidden_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
+    cache = DynamicCache(config=config)
+    for layer in range(2):
+        cache.update(torch.zeros(3, 4 * 2, 10, 64), torch.zeros(3, 4 * 2, 10, 64), layer)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert cache_bytes(config, 4, num_streams=4, batch_size=3, context=10) == held
+    settings = {"batch_sizes": [3], "contexts": [5, 10], "decode_streams": [2, 4], "compile": False}
+    cases = decode_cases(Namespace(**settings, max_cache_gib=held / 2**30), config, 4)
+    assert len(cases) == 8
+    cases = decode_cases(Namespace(**settings, max_cache_gib=(held - 1) / 2**30), config, 4)
+    assert {(case.num_streams, case.context) for case in cases} == {(2, 5), (2, 10), (4, 5)}
