@@ -4,15 +4,23 @@ import dataclasses
 from contextlib import nullcontext
 from typing import Any
 
-from peft import PeftModel, TaskType, get_peft_model
+from peft import (
+    PeftModel,
+    TaskType,
+    get_peft_model,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from ..checkpoints.folders import find_adapter
-from ..tuner.config import CHOICES_OF_A_RUN, ParScaleArguments, ParScaleConfig
+from ..tuner.config import CHOICES_OF_A_RUN, HEADS_OF_TASKS, ParScaleArguments, ParScaleConfig
 from ..tuner.state import backbone_shapes
 from .arguments import BackboneArguments
+from .saving import whole_state
 
 
 def trainable_model(
@@ -82,10 +90,12 @@ def _trained_adapter(path: str, backbone: BackboneArguments, streams: ParScaleAr
     adapter = backbone.adapter_name_or_path
     assert adapter is not None
     config = ParScaleConfig.from_pretrained(str(find_adapter(adapter).folder))
-    if (config.task_type or TaskType.CAUSAL_LM) != task:
+    stored = TaskType(config.task_type or TaskType.CAUSAL_LM)
+    gets_new_head = stored == TaskType.CAUSAL_LM and task == TaskType.SEQ_CLS
+    if stored != task and not gets_new_head:
         raise ValueError(
-            f"{adapter} is an adapter for {TaskType(config.task_type).value}, and {task.value} is trained here: give another, or "
-            "start from a backbone."
+            f"{adapter} is an adapter for {stored.value}, and {task.value} is trained here: give another, or start from a "
+            "backbone."
         )
     if config.train_backbone and backbone.load_in_4bit:
         raise ValueError(
@@ -95,7 +105,10 @@ def _trained_adapter(path: str, backbone: BackboneArguments, streams: ParScaleAr
     config.verify_backbone = backbone.verify_backbone
     config.stream_chunk_size = streams.stream_chunk_size
     model = _load_backbone(path, backbone, task)
-    model = PeftModel.from_pretrained(model, adapter, config=config, is_trainable=True)
+    if gets_new_head:
+        model = _under_new_head(model, adapter, config)
+    else:
+        model = PeftModel.from_pretrained(model, adapter, config=config, is_trainable=True)
     config = model.peft_config["default"]  # the model's own copy
     config.train_backbone = config.train_backbone or streams.train_backbone  # a trained backbone stays in every save
     trained = backbone_shapes(model)
@@ -103,6 +116,21 @@ def _trained_adapter(path: str, backbone: BackboneArguments, streams: ParScaleAr
         if name in trained:
             parameter.requires_grad_(streams.train_backbone)
     return model
+
+
+def _under_new_head(model: PreTrainedModel, adapter: str, config: ParScaleConfig) -> PeftModel:
+    """The streams of a causal LM's adapter, and its trained backbone if it has one, under the head of a classifier."""
+    config.task_type, config.inference_mode = TaskType.SEQ_CLS.value, False
+    config.is_being_loaded = True  # so the backbone is checked, and all tensors are given
+    adapted = get_peft_model(model, config)
+    here = get_peft_model_state_dict(adapted, state_dict=whole_state(adapted, "default"))
+    tensors = load_peft_weights(str(find_adapter(adapter).folder), device="cpu")
+    vocabulary = model.config.get_text_config().vocab_size
+    lm_head = {name for name, tensor in tensors.items() if name not in here and len(tensor) == vocabulary}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in lm_head}
+    head = {name: tensor for name, tensor in here.items() if name.split(".")[-2] in HEADS_OF_TASKS[TaskType.SEQ_CLS]}
+    set_peft_model_state_dict(adapted, tensors | head)
+    return adapted
 
 
 def _take_streams_from(config: ParScaleConfig, streams: ParScaleArguments, backbone: BackboneArguments) -> None:

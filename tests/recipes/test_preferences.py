@@ -9,6 +9,7 @@ import torch
 import yaml
 from peft import AutoPeftModelForSequenceClassification
 from support.recipe_runs import PROBE, REPOSITORY, refusal, reloaded_logits
+from transformers import AutoModelForCausalLM
 
 
 RECIPES = ("dpo", "reward")
@@ -99,6 +100,34 @@ def test_a_reward_model_goes_on_in_another_run(recipes, material, train_backbone
     assert again.tensors.keys() == first.tensors.keys()
     assert all((again.tensors[name] - first.tensors[name]).abs().max() < 1e-4 for name in first.tensors)
     check_saved(again)
+
+
+@pytest.mark.parametrize("reward_full", [False, True], ids=["then_frozen", "then_full"])
+@pytest.mark.parametrize("sft_full", [False, True], ids=["frozen", "full"])
+def test_what_sft_wrote_becomes_a_reward_model(recipes, material, tuned, sft_full, reward_full):
+    before = tuned[sft_full].tensors
+    options = {"adapter_name_or_path": tuned[sft_full].output_dir, "train_backbone": reward_full, **FROM_ADAPTER}
+    result = recipes.run("reward", **material.pair_options(learning_rate=1e-6, max_steps=2, **options)).check()
+    own = {name for name in before if "parscale_" in name}
+    assert all(0 < (result.tensors[name] - before[name]).abs().max() < 1e-4 for name in own)
+    brought = (before.keys() - own) & result.tensors.keys()
+    assert bool(brought) == sft_full
+    assert all((result.tensors[name] - before[name]).abs().max() < 1e-4 for name in brought)
+    assert bool(result.tensors.keys() - own - {"base_model.model.score.weight"}) == (sft_full or reward_full)
+    assert "base_model.model.score.weight" in result.tensors
+    check_saved(result)
+
+
+def test_a_reward_model_on_another_backbone_than_its_adapter_s_is_refused(recipes, material, tuned, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(material.backbone)
+    model.model.embed_tokens.weight.data += 0.5
+    model.save_pretrained(tmp_path)
+    material.tokenizer().save_pretrained(tmp_path)
+    options = {"adapter_name_or_path": tuned[False].output_dir, "model_name_or_path": tmp_path, **FROM_ADAPTER}
+    result = recipes.run("reward", **material.pair_options(**options))
+    assert "was trained on another backbone than this Qwen2ForSequenceClassification" in refusal(
+        result, loads_weights=True
+    )
 
 
 @pytest.mark.parametrize("train_backbone", [False, True])
@@ -202,9 +231,11 @@ def test_options_that_can_not_work_are_refused(recipes, material, recipe, option
     assert sentence in refusal(recipes.run(recipe, **material.pair_options(**options)))
 
 
-def test_adapters_of_another_task_are_refused(recipes, material, tuned):
-    options = material.pair_options(adapter_name_or_path=tuned[False].output_dir, **FROM_ADAPTER)
-    assert "is an adapter for CAUSAL_LM, and SEQ_CLS is trained here" in refusal(recipes.run("reward", **options))
+def test_an_adapter_of_another_task_is_refused(recipes, material):
+    judge = recipes.run("reward", **material.pair_options(max_steps=1)).check()
+    start = {"adapter_name_or_path": judge.output_dir, **FROM_ADAPTER}
+    for recipe, options in (("dpo", material.pair_options(**start)), ("sft", material.sft_options(**start))):
+        assert "is an adapter for SEQ_CLS, and CAUSAL_LM is trained here" in refusal(recipes.run(recipe, **options))
 
 
 def test_text_to_start_from_is_refused_for_a_reward_model(recipes, material):

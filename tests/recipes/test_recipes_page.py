@@ -31,7 +31,7 @@ def test_the_commands_of_the_page_run_in_their_order(recipes, material, tmp_path
         given = {name: tmp_path / value if value.startswith("runs/") else value for name, value in given.items()}
         assert REPOSITORY / given.pop("config", f"recipes/configs/{recipe}/demo.yaml") == demo
         sizes = {"num_streams": None, "num_prefix_tokens": None, "max_steps": 1, "max_length": 128}
-        folder = tmp_path / yaml.safe_load(demo.read_text())["output_dir"]
+        folder = given.pop("output_dir", tmp_path / yaml.safe_load(demo.read_text())["output_dir"])
         recipes.run(recipe, folder, config=demo, **{**data[recipe](**sizes), **given}).check()
     (block,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     monkeypatch.chdir(tmp_path)

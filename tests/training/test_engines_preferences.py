@@ -37,7 +37,13 @@ def test_pairs_are_learned_from_under_an_engine_as_in_one_process(material, alon
         described[name] = (recipe, {**options, **changes})
         resumed = {"resume_from_checkpoint": tmp_path / name / "checkpoint-2"}
         described[f"{name} resumed"] = (recipe, {**options, **changes, **resumed})
+    start = {"num_streams": None, "num_prefix_tokens": None, "max_steps": 2}
+    for name in ("dpo frozen", "reward frozen"):
+        changes = {"adapter_name_or_path": tmp_path / name, **start}
+        described[f"reward from {name}"] = ("reward", {**options, **changes})
     results = runs_of(engine, tmp_path, described)
+    for name in ("dpo frozen", "reward frozen"):
+        assert_saved(results[f"reward from {name}"][0].check())
     for name, (recipe, changes) in RUNS.items():
         result, resumed = results[name][0].check(), results[f"{name} resumed"][0].check()
         kind = {"zero3": "ZeRO-3", "fsdp2": "DTensor"}[engine]
