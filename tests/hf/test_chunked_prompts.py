@@ -6,6 +6,7 @@ from support.memory import LiveTensors
 from support.outputs import GREEDY
 from support.tiny_models import random_tokens, streams_of, tiny_model, with_streams
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import Fp8QuantizedLayer
 
 
 def padded():
@@ -53,6 +54,17 @@ def generate(model, **options):
     """Tokens, and the logits of each step."""
     output = model.generate(**GREEDY | options, output_logits=True, return_dict_in_generate=True)
     return (output.sequences, *output.logits)
+
+
+def test_a_quantized_cache_is_filled_in_chunks(monkeypatch):
+    """In float32 instead of 8 bits, everything around the numbers is seen exactly."""
+    monkeypatch.setattr(Fp8QuantizedLayer, "fp8_dtype", torch.float32)
+    model = streams_of("qwen2", 3)
+    cache = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
+    expected = generate(model, **padded(), **cache)
+    model.set_stream_chunk_size(1)
+    for found, wanted in zip(generate(model, **padded(), **cache), expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
