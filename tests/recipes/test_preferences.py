@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from peft import AutoPeftModelForSequenceClassification
-from support.recipe_runs import PROBE, REPOSITORY, refusal, reloaded_logits
-from transformers import AutoModelForCausalLM
+from peft import AutoPeftModelForSequenceClassification, PeftModel
+from support.quantized import load_in_4bit
+from support.recipe_runs import PROBE, REPOSITORY, probe_logits, refusal, reloaded_logits
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 
 RECIPES = ("dpo", "reward")
@@ -241,6 +242,24 @@ def test_an_adapter_of_another_task_is_refused(recipes, material):
 def test_text_to_start_from_is_refused_for_a_reward_model(recipes, material):
     result = recipes.run("reward", **material.pair_options(init_weights="tokens"))
     assert "Qwen2ForSequenceClassification has no LM head to generate with" in refusal(result, loads_weights=True)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_pairs_are_learned_from_over_a_4_bit_backbone(recipes, material, recipe):
+    pytest.importorskip("bitsandbytes")
+    result = recipes.run(recipe, **material.pair_options(load_in_4bit=True, learning_rate=1e-2)).check()
+    batches = result.batches()
+    assert batches[0]["kinds"] == ["whole", "whole float32"]
+    assert len({batch["frozen"] for batch in batches}) == 1
+    if recipe == "dpo":
+        assert result.losses[0] == pytest.approx(math.log(2), abs=1e-4)
+    backbone = load_in_4bit(
+        material.backbone,
+        auto_class=AutoModelForSequenceClassification if recipe == "reward" else AutoModelForCausalLM,
+        **({"num_labels": 1} if recipe == "reward" else {}),
+    )
+    model = PeftModel.from_pretrained(backbone, result.output_dir)
+    torch.testing.assert_close(probe_logits(model), result.logits(), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
