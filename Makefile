@@ -39,7 +39,7 @@ test-newest:
 	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n 2 --dist loadgroup
 
 # vLLM with the plugin in vllm_plugin/, in an environment of its own, since vLLM wants other versions of transformers. What
-# it must answer is written by ours. It takes 5 minutes of CPU time, with installation.
+# it must answer is written by ours. It takes about 6 minutes of CPU time, with installation.
 test-vllm: $(BASE) $(VLLM_INSTALLED)
 	rm -rf vllm_plugin/.cases
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python vllm_plugin/tests/write_expected.py vllm_plugin/.cases
