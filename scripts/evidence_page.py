@@ -11,8 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import evidence_hybrid as hybrid
 import evidence_law as law
 import evidence_pictures as pictures
 import evidence_prose as prose
@@ -20,11 +22,13 @@ from evidence_figures import ENGLISH, Decoding, Results, training_arithmetic
 from evidence_plan import RANK_OF_LORA_AND_STREAMS, RANK_OF_STREAMS, STREAMS, SWEEP_STEPS, experiments
 from evidence_rows import read_rows
 from evidence_text import markdown_table
+from hybrid_states import COLUMNS as HYBRID_COLUMNS
 from law_lab import COLUMNS as LAW_COLUMNS
 
 from parscale_adapt.files import write_text
 
 
+Row = dict[str, str]
 ROOT = Path(__file__).resolve().parents[1]
 TABLES = ROOT / "docs" / "evidence"
 PAGE = ROOT / "docs" / "evidence.md"
@@ -146,12 +150,45 @@ def _millions(results: Results, name: str) -> str:
     return f"{results.mean(name, 'trained_params') / 1e6:.2f}M"
 
 
-def page_text(
-    rows: list[dict[str, str]], sweeps: list[dict[str, str]], lab: list[dict[str, str]], decoding: Decoding | None
-) -> str:
-    """The page in Markdown, from the rows of the tables; `lab` may be empty."""
-    results = Results(rows, sweeps)
-    planned = list(dict.fromkeys(run.name for run, _ in experiments(sweeps, num_seeds=1)))
+@dataclass(frozen=True)
+class Tables:
+    """What the page is made of. Of the law lab, of the hybrid and of decoding there may be nothing.
+
+    Attributes:
+        runs, sweeps, lab, hybrid: rows.
+        decoding: what `benchmarks/decode.py --json` wrote.
+        folder: where the law lab's table lies, which the fit reads.
+    """
+
+    runs: list[Row]
+    sweeps: list[Row]
+    lab: list[Row] = field(default_factory=list)
+    hybrid: list[Row] = field(default_factory=list)
+    decoding: Decoding | None = None
+    folder: Path = TABLES
+
+    @classmethod
+    def read(cls, folder: Path) -> Tables:
+        """From the files of a folder."""
+        decoding = folder / "decode.json"
+        return cls(
+            read_rows(folder / "runs.csv"),
+            read_rows(folder / "sweeps.csv"),
+            _rows_if_any(folder / "law_lab.csv", LAW_COLUMNS),
+            _rows_if_any(folder / "hybrid.csv", HYBRID_COLUMNS),
+            Decoding(json.loads(decoding.read_text(encoding="utf-8"))) if decoding.is_file() else None,
+            folder,
+        )
+
+
+def _rows_if_any(file: Path, columns: Sequence[str]) -> list[Row]:
+    return read_rows(file, columns) if file.is_file() else []
+
+
+def page_text(tables: Tables) -> str:
+    """The page in Markdown."""
+    results = Results(tables.runs, tables.sweeps)
+    planned = list(dict.fromkeys(run.name for run, _ in experiments(tables.sweeps, num_seeds=1)))
     beside = [(f"lora8+streams{count}", f"lora{RANK_OF_LORA_AND_STREAMS[count]}") for count in STREAMS]
     alone = [(f"streams{count}", f"lora{RANK_OF_STREAMS[count]}") for count in STREAMS]
     alone += [(f"streams{count}", f"prefix_tuning{count * 48}") for count in STREAMS]
@@ -163,11 +200,14 @@ def page_text(
     priced = [name for name in PRICED if results.of(name) and results.of("lora8")]
     if priced:
         parts += [prose.PRICE, price_table(results, priced), "![loss against price](images/evidence_price.png)"]
-    if decoding is not None:
-        parts += [prose.DECODING.format(command=decoding.command, machine=decoding.machine), decoding_table(decoding)]
+    if tables.decoding is not None:
+        machine, command = tables.decoding.machine, tables.decoding.command
+        parts += [prose.DECODING.format(command=command, machine=machine), decoding_table(tables.decoding)]
     parts += [prose.hints(results), prose.RATES.format(steps=SWEEP_STEPS), rates_table(results)]
-    if lab:
-        parts.append(law.section(lab, law.fits(TABLES / "law_lab.csv")))
+    if tables.lab:
+        parts.append(law.section(tables.lab, law.fits(tables.folder / "law_lab.csv")))
+    if tables.hybrid:
+        parts.append(hybrid.section(tables.hybrid))
     if len(results.names()) > 1:
         parts += [prose.ALL_ROWS, all_rows_table(results), "![gained and forgotten](images/evidence_forgetting.png)"]
     parts += [prose.setup(results), prose.not_run(results, planned)]
@@ -191,31 +231,13 @@ def write_pictures(results: Results, folder: Path) -> None:
     pictures.save(pictures.loss_by_price(results, priced), folder / "evidence_price.png")
 
 
-def read_decoding(file: Path) -> Decoding | None:
-    """What `benchmarks/decode.py --json` wrote; None if it wasn't run."""
-    return Decoding(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
-
-
-def read_tables(
-    folder: Path,
-) -> tuple[list[dict[str, str]], list[dict[str, str]], list[dict[str, str]], Decoding | None]:
-    """What [`page_text`] takes."""
-    lab = folder / "law_lab.csv"
-    return (
-        read_rows(folder / "runs.csv"),
-        read_rows(folder / "sweeps.csv"),
-        read_rows(lab, LAW_COLUMNS) if lab.is_file() else [],
-        read_decoding(folder / "decode.json"),
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
-    tables = read_tables(TABLES)
-    write_text(PAGE, page_text(*tables))
-    write_pictures(Results(*tables[:2]), IMAGES)
-    if tables[2]:
+    tables = Tables.read(TABLES)
+    write_text(PAGE, page_text(tables))
+    write_pictures(Results(tables.runs, tables.sweeps), IMAGES)
+    if tables.lab:
         pictures.save(law.picture(law.fits(TABLES / "law_lab.csv")["log"]), IMAGES / "evidence_law.png")
     print(f"{PAGE} is written")
 

@@ -7,6 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from peft import get_peft_model
+
+from parscale_adapt import ParScaleConfig
 
 
 ROOT = Path(__file__).parents[2]
@@ -89,7 +93,7 @@ def decoding(page):
 
 
 def test_the_page_is_what_the_tables_give(page):
-    assert page.PAGE.read_text(encoding="utf-8") == page.page_text(*page.read_tables(page.TABLES)), (
+    assert page.PAGE.read_text(encoding="utf-8") == page.page_text(page.Tables.read(page.TABLES)), (
         "run `python scripts/evidence_page.py`"
     )
 
@@ -121,9 +125,10 @@ def test_what_is_forgotten_is_what_the_loss_rose_by(page, finished):
     assert results.forgetting("lora12") == pytest.approx((0.3 - 0.1) / 3)
 
 
-def test_finished_tables_have_every_section(page, finished, lab, decoding, tmp_path, monkeypatch):
+def test_finished_tables_have_every_section(page, finished, lab, decoding, tmp_path):
     rows, swept = finished
-    text = page.page_text(rows, swept, with_table(lab, tmp_path, page, monkeypatch), decoding)
+    with_table(lab, tmp_path)
+    text = page.page_text(page.Tables(rows, swept, lab, [], decoding, tmp_path))
     for heading in (
         "on top of a LoRA",
         "Streams alone",
@@ -139,35 +144,72 @@ def test_finished_tables_have_every_section(page, finished, lab, decoding, tmp_p
     assert "Four streams are" in text
     assert "0.0500 nats better" in text  # than the LoRA of the same size, as the fixture has it
     without = [row for row in rows if row["name"] not in ("streams8", "lora8_4x_tokens")]
-    text = page.page_text(without, swept, [], None)
+    text = page.page_text(page.Tables(without, swept))
     assert "2 of 30 experiments wait for more hours" in text
     assert "`streams8`" in text
     assert "(1 more of these answers wait for their runs.)" in text
     assert "The law in the small" not in text
 
 
-def test_the_law_section_has_the_fit_of_its_rows(page, lab, tmp_path, monkeypatch):
+def test_the_law_section_has_the_fit_of_its_rows(page, lab, tmp_path):
     import evidence_law
 
-    fitted = evidence_law.fits(tmp_path / "law_lab.csv") if with_table(lab, tmp_path, page, monkeypatch) else {}
+    with_table(lab, tmp_path)
+    fitted = evidence_law.fits(tmp_path / "law_lab.csv")
     text = evidence_law.section(lab, fitted)
     assert fitted["log"].law.k == pytest.approx(0.3, abs=0.01)
     assert "k = 0.30" in text
     assert "explains 100.0% of the variance" in text
     assert evidence_law.picture(fitted["log"]).axes
     noisy = [{**row, "loss": str(float(row["loss"]) + 0.3 * (-1) ** i)} for i, row in enumerate(lab)]
-    with_table(noisy, tmp_path, page, monkeypatch)
+    with_table(noisy, tmp_path)
     assert "explains only" in evidence_law.section(noisy, evidence_law.fits(tmp_path / "law_lab.csv"))
 
 
-def with_table(lab, folder, page, monkeypatch):
-    """The rows of the lab, which are in the page's folder then."""
-    monkeypatch.setattr(page, "TABLES", folder)
+def with_table(lab, folder):
+    """Write the rows of the lab to a folder."""
     with open(folder / "law_lab.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, lab[0])
         writer.writeheader()
         writer.writerows(lab)
-    return lab
+
+
+@pytest.mark.parametrize(("gain", "words"), [(0.001, "too little to build it"), (0.02, "worth building")])
+def test_the_hybrid_section_has_the_gain_of_its_rows(page, gain, words):
+    import evidence_hybrid
+
+    rows = [
+        {"state_rate": rate, "seed": str(seed), "loss": str(4.5 + 0.01 * seed - gain * (rate == "0.01"))}
+        for rate in ("", "0.001", "0.01")
+        for seed in range(3)
+    ]
+    text = evidence_hybrid.section(
+        [{**row, "backbone_loss": "4.6", "trained_params": "9", "tokens": "1"} for row in rows]
+    )
+    assert words in text
+    assert f"The best rate gains {gain:.4f} nats" in text
+    assert f"| prefixes and start states, rate 0.01 | 9 | {4.51 - gain:.4f} | {gain:+.4f} to {gain:+.4f} |" in text
+
+
+def test_start_states_of_zero_change_nothing_and_each_stream_has_its_own(page):
+    import hybrid_states
+
+    model = get_peft_model(
+        hybrid_states.new_backbone(), ParScaleConfig(num_streams=hybrid_states.NUM_STREAMS, num_prefix_tokens=3)
+    ).eval()
+    ids = torch.arange(40).view(2, 20)
+    before = model(input_ids=ids).logits
+    start = hybrid_states.StartStates(model)
+    torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=0, atol=0)
+    assert len(start.states) == 3
+    seen = []
+    for stream in range(hybrid_states.NUM_STREAMS):
+        with torch.no_grad():
+            for state in start.states:
+                state.zero_()[stream] = 1.0
+        seen.append(model(input_ids=ids).logits)
+        assert not torch.equal(seen[-1], before)
+    assert not torch.equal(seen[0], seen[1])
 
 
 @pytest.mark.parametrize(
