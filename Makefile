@@ -40,9 +40,9 @@ test-newest:
 
 # vLLM with the plugin in vllm_plugin/, in an environment of its own, since vLLM wants other versions of transformers. What
 # it must answer is written by ours. It takes about 6 minutes of CPU time, with installation.
-test-vllm: $(BASE) $(VLLM_INSTALLED)
+test-vllm: $(INSTALLED) $(VLLM_INSTALLED)
 	rm -rf vllm_plugin/.cases
-	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python vllm_plugin/tests/write_expected.py vllm_plugin/.cases
+	PYTHONPATH=tests:scripts OMP_NUM_THREADS=1 $(BIN)/python vllm_plugin/tests/write_expected.py vllm_plugin/.cases
 	cd vllm_plugin && OMP_NUM_THREADS=1 ../.venv-vllm/bin/python -m pytest
 
 # The community's CPU build of vLLM; the plugin itself depends on vLLM's own name, which has no kernels for a CPU. torch for

@@ -5,8 +5,9 @@
     accelerate launch recipes/reward.py --config recipes/configs/reward/qwen2.5-3b_ultrafeedback_frozen_p4.yaml
 
 The backbone gets a head of one label in place of its LM head; it is trained with the streams, whose mixture it sees, and
-saved with them. An adapter to go on with may be one of reward.py, or of a causal LM, whose head is left out. The data is that of dpo.py. Every field of `ParScaleArguments`, `BackboneArguments`,
-`PreferenceArguments` and `StreamRewardConfig` is an argument and a YAML key; `--help` lists them.
+saved with them. An adapter to go on with may be one of reward.py, or of a causal LM, whose head is left out. The data is
+that of dpo.py. Every field of `ParScaleArguments`, `BackboneArguments`, `PreferenceArguments` and `StreamRewardConfig` is
+an argument and a YAML key; `--help` lists them.
 """
 
 import sys

@@ -24,7 +24,7 @@ def answer(results: Results) -> str:
     )
     told = [sentence(results) for sentence, names in sentences if all(results.of(name) for name in names)]
     if not told:
-        return "**So far only the sweeps of the learning rate have run**, whose hints are below."
+        return "**The runs that answer this are under way**; what the sweeps of the learning rate hint at is below."
     lines = [f"{number}. {sentence}" for number, sentence in enumerate(told, 1)]
     missing = len(sentences) - len(told)
     return "\n".join(lines) + (f"\n\n({missing} more of these answers wait for their runs.)" if missing else "")

