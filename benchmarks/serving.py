@@ -73,7 +73,7 @@ def command_of(engine: str, num_streams: int, export: Path, port: int, args: arg
     program = "from parscale_adapt.cli import main; main()"
     if num_streams == 1:  # needs no launcher
         program = "from transformers.cli.transformers import main; main()"
-    options = ["--device", args.device, "--dtype", args.dtype, "--continuous-batching", "--cb-num-blocks", "512"]
+    options = ["--device", args.device, "--dtype", args.dtype, "--continuous-batching", "--cb-num-blocks", "64"]
     return [sys.executable, "-c", program, "serve", str(export), *address, *options]
 
 
@@ -100,6 +100,20 @@ def server(command: list[str], port: int, log: Path) -> Iterator[openai.OpenAI]:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGTERM)
             process.wait(60)
+
+
+@contextmanager
+def naming_the_server(engine: str, num_streams: int, log: Path) -> Iterator[None]:
+    """Show what a server said that could not answer.
+
+    Raises:
+        RuntimeError: it could not.
+    """
+    try:
+        yield
+    except openai.APIError as error:
+        said = log.read_text()[-3000:]
+        raise RuntimeError(f"{engine} with {num_streams} streams did not answer ({error}):\n{said}") from error
 
 
 def is_up(port: int) -> bool:
@@ -139,7 +153,8 @@ def measure_engine(engine: str, num_streams: int, export: Path, args: argparse.N
     """One row for every number of clients."""
     port = free_port()
     command = command_of(engine, num_streams, export, port, args)
-    with server(command, port, export.parent / f"{engine}.log") as client:
+    log = export.parent / f"{engine}.log"
+    with naming_the_server(engine, num_streams, log), server(command, port, log) as client:
         client.completions.create(model=str(export), prompt="def ", max_tokens=args.new_tokens, temperature=0)
         return [
             {
@@ -195,9 +210,11 @@ def main() -> None:
             export = export_streams(backbone, num_streams, Path(temporary, f"p{num_streams}"))
             for engine in args.engines:
                 rows += measure_engine(engine, num_streams, export, args)
+                if args.json is not None:
+                    args.json.write_text(
+                        json.dumps({"machine": describe_machine(args), "rows": rows}, indent=2) + "\n"
+                    )
     print_rows(rows, describe_machine(args))
-    if args.json is not None:
-        args.json.write_text(json.dumps({"machine": describe_machine(args), "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
