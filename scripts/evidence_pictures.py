@@ -6,6 +6,7 @@ from pathlib import Path
 
 import matplotlib
 from evidence_figures import Results, training_arithmetic
+from evidence_training import CURVE_DOCUMENTS
 from matplotlib.figure import Figure
 
 from parscale_adapt.analysis.plots import COLOURS, GROUND, MARKERS
@@ -78,7 +79,7 @@ def loss_by_price(results: Results, labels: dict[str, str]) -> Figure:
                 axes.plot(values, losses, color=colour, marker=marker, label=label)
         by_tokens.set_xlabel("tokens trained on")
         by_arithmetic.set_xlabel("floating-point operations")
-        by_tokens.set_ylabel("held-out loss, nats per token")
+        by_tokens.set_ylabel(f"loss of the first {CURVE_DOCUMENTS} held-out documents, nats per token")
         for axes in (by_tokens, by_arithmetic):
             axes.set_xscale("log")
         by_tokens.legend(frameon=False, fontsize=9)
