@@ -158,6 +158,30 @@ def test_losses_are_means_over_the_tokens_of_documents(scripts, corpus):
     assert mean_loss(losses, corpus.heldout) == pytest.approx(total / (8 + 5 * 15), abs=BFLOAT16)
 
 
+def test_a_row_has_the_loss_of_each_kind_of_text(scripts, corpus):
+    from evidence_training import document_losses, mean_loss
+
+    run = run_of(corpus, EXPERIMENTS["streams"])
+    run.train()
+    figures = run.measure()
+    kinds = {"heldout_loss": corpus.heldout, "tuning_loss": corpus.tuning}
+    kinds |= {f"loss_{kind}": rows for kind, rows in corpus.english.items()}
+    for column, documents in kinds.items():
+        losses = document_losses(run.model, documents, torch.device("cpu"))
+        assert figures[column] == pytest.approx(mean_loss(losses, documents), abs=1e-9), column
+    assert len({figures[column] for column in kinds}) == len(kinds)
+
+
+def test_a_row_has_the_loss_before_the_first_step(scripts, corpus):
+    """A LoRA begins where the backbone is."""
+    learning = dataclasses.replace(EXPERIMENTS["lora"], steps=20)
+    row = row_of(scripts, dataclasses.replace(corpus, train=corpus.tuning.flatten().repeat(40)), learning)
+    assert row["status"] == "finished"
+    backbone = run_of(corpus, dataclasses.replace(learning, name="backbone", method="backbone", steps=0)).tuning_loss()
+    assert row["tuning_loss_before"] == pytest.approx(backbone, abs=1e-9)
+    assert row["tuning_loss"] < row["tuning_loss_before"]
+
+
 def test_a_run_whose_numbers_are_lost_is_a_row_that_says_so(scripts, corpus):
     broken = dataclasses.replace(EXPERIMENTS["lora"], rates=dataclasses.replace(EXPERIMENTS["lora"].rates, lora=1e30))
     row = row_of(scripts, corpus, broken)
@@ -258,26 +282,33 @@ def test_the_law_lab_trains_what_its_table_lacks(scripts, tmp_path, monkeypatch,
     import law_lab
     from safetensors.torch import save_file
 
-    generator = torch.Generator().manual_seed(0)
-    text = {"train": torch.randint(0, 64, (640,), generator=generator, dtype=torch.int16)}
-    text["heldout"] = torch.randint(0, 64, (128,), generator=generator, dtype=torch.int16)
+    text = {"train": torch.arange(640, dtype=torch.int16) % 8}
+    text["heldout"] = (torch.arange(128, dtype=torch.int16) + 3) % 8
     save_file(text, tmp_path / "text.safetensors")
     for name, value in {
         "SIZES": {"a": law_lab.Size(16, 1, 2), "b": law_lab.Size(32, 1, 2)},
         "STREAMS": (1, 2),
         "SEQUENCE_LENGTH": 16,
         "TRAIN_TOKENS": 640,
+        "WARMUP_STEPS": 1,
         "ProcessPoolExecutor": Here,
     }.items():
         monkeypatch.setattr(law_lab, name, value)
+    read = []
+    train = law_lab._train
+    monkeypatch.setattr(law_lab, "_train", lambda model, ids, device: read.append(ids) or train(model, ids, device))
     command = ["law_lab.py", "--csv", str(tmp_path / "lab.csv"), "--text", str(tmp_path / "text.safetensors")]
     monkeypatch.setattr(sys, "argv", command)
     law_lab.main()
+    assert all(torch.equal(ids, text["train"]) for ids in read)
     first = (tmp_path / "lab.csv").read_text()
     rows = {(row["size"], row["num_streams"]): row for row in csv.DictReader(first.splitlines())}
     assert set(rows) == {("a", "1"), ("b", "1"), ("a", "2"), ("b", "2")}
     assert all(row["status"] == "finished" and float(row["loss"]) > 0 for row in rows.values())
     assert len({row["loss"] for row in rows.values()}) == 4
+    for (size, count), row in rows.items():
+        untrained = law_lab.build(law_lab.SIZES[size], int(count))
+        assert float(row["loss"]) < law_lab._heldout_loss(untrained, text["heldout"], "cpu") - 0.05
     assert all(bool(row["rho"]) == (count == "2") for (_, count), row in rows.items())
     single, double = rows["a", "1"], rows["a", "2"]
     assert int(double["num_params"]) > int(double["backbone_params"]) == int(single["num_params"])
