@@ -113,7 +113,13 @@ def prepare_packed_training(training: RecipeConfig, backbone: BackboneArguments)
 
 
 def prepare_training(training: RecipeConfig, backbone: BackboneArguments) -> None:
-    """Set what every recipe needs in TRL's arguments."""
+    """Set what every recipe needs in TRL's arguments.
+
+    Raises:
+        ValueError: two options name a chat template.
+    """
+    if {"chat_template", "chat_template_path"} <= backbone.explicit_settings:
+        raise ValueError("`chat_template` and `chat_template_path` both name a chat template: give one of them.")
     training.prediction_loss_only = True
     training.hub_strategy = HubStrategy.END  # what checkpoints hold is not pushed
     if backbone.adapter_name_or_path is None:

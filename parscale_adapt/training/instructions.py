@@ -98,8 +98,6 @@ def prepare_instruction_training(training: SFTConfig, backbone: BackboneArgument
         ValueError: an option was given that would have no effect.
     """
     refuse_unused_options(training, SFT)
-    if {"chat_template", "chat_template_path"} <= backbone.explicit_settings:
-        raise ValueError("`chat_template` and `chat_template_path` both name a chat template: give one of them.")
     training.dataset_kwargs = {"skip_prepare_dataset": not training.packing}  # rows come as token ids and labels
     training.include_num_input_tokens_seen = "non_padding"
     prepare_training(training, backbone)

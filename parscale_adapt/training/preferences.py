@@ -42,8 +42,6 @@ def prepare_preference_training(training: RecipeConfig, backbone: BackboneArgume
         ValueError: an option was given that would have no effect.
     """
     refuse_unused_options(training, recipe)
-    if {"chat_template", "chat_template_path"} <= backbone.explicit_settings:
-        raise ValueError("`chat_template` and `chat_template_path` both name a chat template: give one of them.")
     training.include_num_input_tokens_seen = "non_padding"
     prepare_training(training, backbone)
     training.model_init_kwargs = None  # the model comes as an object
