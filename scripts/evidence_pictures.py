@@ -49,20 +49,22 @@ def loss_by_streams(results: Results) -> Figure:
 
 
 def gain_and_forgetting(results: Results, labels: dict[str, str]) -> Figure:
-    """What each way of training gains on Python and loses on English."""
+    """By how much each way of training lowers the loss on Python and raises that on English."""
     with matplotlib.rc_context(GROUND):
         figure = Figure(figsize=(8.5, 0.32 * len(labels) + 1.4), layout="constrained")
         axes = figure.subplots()
         gains = [results.mean("backbone") - results.mean(name) for name in labels]
         losses = [results.forgetting(name) for name in labels]
         places = range(len(labels))
-        axes.barh([place + 0.2 for place in places], gains, 0.38, color=COLOURS[1], label="gained on Python")
-        axes.barh([place - 0.2 for place in places], losses, 0.38, color=COLOURS[3], label="lost on English")
+        axes.barh([place + 0.2 for place in places], gains, 0.38, color=COLOURS[1], label="fall of the loss on Python")
+        axes.barh(
+            [place - 0.2 for place in places], losses, 0.38, color=COLOURS[3], label="rise of the loss on English"
+        )
         axes.set_yticks(list(places), list(labels.values()))
         axes.set_ylim(len(labels) - 0.4, -0.6)
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_xlabel("nats per token")
-        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, 1.06), ncols=2)
+        figure.legend(frameon=False, loc="outside upper center", ncols=2)
     return figure
 
 
