@@ -18,6 +18,7 @@ import evidence_hybrid as hybrid
 import evidence_law as law
 import evidence_pictures as pictures
 import evidence_prose as prose
+import evidence_readme as readme
 from evidence_figures import ENGLISH, Decoding, Results, training_arithmetic
 from evidence_plan import RANK_OF_LORA_AND_STREAMS, RANK_OF_STREAMS, STREAMS, SWEEP_STEPS, experiments
 from evidence_rows import read_rows
@@ -32,6 +33,7 @@ Row = dict[str, str]
 ROOT = Path(__file__).resolve().parents[1]
 TABLES = ROOT / "docs" / "evidence"
 PAGE = ROOT / "docs" / "evidence.md"
+README = ROOT / "README.md"
 IMAGES = ROOT / "docs" / "images"
 PRICED = {
     "lora8": "LoRA r=8",
@@ -42,6 +44,8 @@ PRICED = {
     "streams4": "4 streams",
     "full1": "full training, P=1",
 }
+BESIDE_LORA = [(f"lora8+streams{count}", f"lora{RANK_OF_LORA_AND_STREAMS[count]}") for count in STREAMS]
+ALONE = [(f"streams{count}", f"lora{RANK_OF_STREAMS[count]}") for count in STREAMS]
 
 
 def label(name: str) -> str:
@@ -189,12 +193,10 @@ def page_text(tables: Tables) -> str:
     """The page in Markdown."""
     results = Results(tables.runs, tables.sweeps)
     planned = list(dict.fromkeys(run.name for run, _ in experiments(tables.sweeps, num_seeds=1)))
-    beside = [(f"lora8+streams{count}", f"lora{RANK_OF_LORA_AND_STREAMS[count]}") for count in STREAMS]
-    alone = [(f"streams{count}", f"lora{RANK_OF_STREAMS[count]}") for count in STREAMS]
-    alone += [(f"streams{count}", f"prefix_tuning{count * 48}") for count in STREAMS]
+    against_prefixes = [(f"streams{count}", f"prefix_tuning{count * 48}") for count in STREAMS]
     parts = [prose.TITLE, prose.answer(results)]
-    parts += _section(results, prose.BESIDE_LORA, beside)
-    parts += _section(results, prose.ALONE, alone)
+    parts += _section(results, prose.BESIDE_LORA, BESIDE_LORA)
+    parts += _section(results, prose.ALONE, ALONE + against_prefixes)
     if pictures.shown_streams(results):
         parts.append("![loss by P, with baselines of the same size](images/evidence_loss_by_streams.png)")
     priced = [name for name in PRICED if results.of(name) and results.of("lora8")]
@@ -212,6 +214,11 @@ def page_text(tables: Tables) -> str:
         parts += [prose.ALL_ROWS, all_rows_table(results), "![gained and forgotten](images/evidence_forgetting.png)"]
     parts += [prose.setup(results), prose.not_run(results, planned)]
     return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
+
+
+def readme_section(results: Results) -> str:
+    """What the README shows of the runs."""
+    return readme.section(results, ALONE + BESIDE_LORA, {name: label(name) for name in results.names()})
 
 
 def _section(results: Results, text: str, pairs: list[tuple[str, str]]) -> list[str]:
@@ -235,11 +242,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
     tables = Tables.read(TABLES)
+    results = Results(tables.runs, tables.sweeps)
     write_text(PAGE, page_text(tables))
-    write_pictures(Results(tables.runs, tables.sweeps), IMAGES)
+    write_text(README, readme.with_evidence(README.read_text(encoding="utf-8"), readme_section(results)))
+    write_pictures(results, IMAGES)
     if tables.lab:
         pictures.save(law.picture(law.fits(TABLES / "law_lab.csv")["log"]), IMAGES / "evidence_law.png")
-    print(f"{PAGE} is written")
+    print(f"{PAGE} and the part of {README} are written")
 
 
 if __name__ == "__main__":

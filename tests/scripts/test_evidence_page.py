@@ -98,6 +98,24 @@ def test_the_page_is_what_the_tables_give(page):
     )
 
 
+def test_the_readme_shows_the_same_tables(page):
+    results = page.Results(*(page.read_rows(page.TABLES / name) for name in ("runs.csv", "sweeps.csv")))
+    text = page.README.read_text(encoding="utf-8")
+    assert text == page.readme.with_evidence(text, page.readme_section(results)), (
+        "run `python scripts/evidence_page.py`"
+    )
+
+
+def test_the_readme_of_a_finished_table_has_each_pair_and_its_difference(page, finished):
+    text = page.readme_section(page.Results(*finished))
+    assert text.count("nats") + text.count("neither better nor worse") >= 6
+    assert "| LoRA r=12 | 3.50M |" in text
+    assert "- 4 streams against LoRA r=12: 0.0500 nats better [" in text
+    assert "3 seeds" in text
+    with pytest.raises(ValueError, match="once each"):
+        page.readme.with_evidence("a readme without marks", text)
+
+
 def test_a_difference_is_paired_by_document(page, finished):
     results = page.Results(*finished)
     difference = results.difference("streams4", "lora12")
