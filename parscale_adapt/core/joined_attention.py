@@ -26,7 +26,7 @@ def attend_over_prefix_and_cache(
     prefix: tuple[torch.Tensor, torch.Tensor],
     attention_mask: torch.Tensor | None,
     scaling: float | None,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax over the scores of both, joined; the prefix is visible to every query.
 
     Args:
@@ -37,7 +37,7 @@ def attend_over_prefix_and_cache(
         scaling: of the scores, `1 / sqrt(key_size)` if None.
 
     Returns:
-        `[B, T, heads, value_size]`.
+        The output `[B, T, heads, value_size]` and the weights `[B, heads, T, n + S]`.
     """
     batch_size, num_heads, num_queries, key_size = query.shape
     prefix_key, prefix_value = prefix
@@ -58,4 +58,5 @@ def attend_over_prefix_and_cache(
             of_cache += attention_mask
     weights = torch.softmax(scores, dim=-1).to(value.dtype)
     output = weights[..., :num_prefix_tokens] @ prefix_value + weights[..., num_prefix_tokens:] @ value
-    return output.view(batch_size, num_heads, num_queries, -1).transpose(1, 2)
+    output = output.view(batch_size, num_heads, num_queries, -1).transpose(1, 2)
+    return output, weights.view(batch_size, num_heads, num_queries, num_scores)

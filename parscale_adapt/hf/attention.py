@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..core.layout import Group, MixedLayout, StreamLayout, UniformLayout
 from .config_view import STREAMS, stock_config
-from .prefixed_attention import FAMILIES, AttentionInputs, AttentionOutput, call_stock
+from .prefixed_attention import FAMILIES, AttentionInputs, AttentionOutput, call_stock, is_common_eager
 from .stream_call import STREAMS_ATTRIBUTE, StreamCall, decoder_streams
 
 
@@ -161,11 +161,13 @@ def _attend(implementation: str, inputs: AttentionInputs, call: StreamCall) -> A
     prefix = None if streams is None else streams(call.adapter, inputs.key.dtype, call.chunk)
     has_mask_per_row = inputs.mask is not None and inputs.mask.shape[0] == inputs.query.shape[0]
     attend = call_stock if prefix is None else FAMILIES[implementation]
-    if implementation == "eager" or has_mask_per_row:
+    is_eager = implementation == "eager"
+    if has_mask_per_row or (is_eager and not is_common_eager(inputs.stock)):
         return attend(_as_rows(inputs, layout, prefix))
     module = _seen_module(implementation, inputs.module, layout.num_streams)
-    output, _ = attend(_as_heads(inputs._replace(module=module), layout, prefix))
-    return layout.output_to_rows(output), None
+    output, weights = attend(_as_heads(inputs._replace(module=module), layout, prefix))
+    weights = layout.to_rows(weights) if is_eager and weights is not None else None
+    return layout.output_to_rows(output), weights
 
 
 def _seen_module(implementation: str, module: nn.Module, num_streams: int) -> Any:

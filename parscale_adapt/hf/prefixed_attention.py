@@ -79,15 +79,41 @@ def attend_by_concatenation(inputs: AttentionInputs) -> AttentionOutput:
 
 def attend_by_sdpa(inputs: AttentionInputs) -> AttentionOutput:
     """A few queries over a cache join scores, so that no key is copied; many without a mask keep the causal flag."""
-    num_queries = inputs.query.shape[-2]
     if _can_join(inputs):
-        query, key, value = map(_among_heads, (inputs.query, inputs.key, inputs.value))
-        prefix_key, prefix_value = map(_among_heads, _prefix_of_every_sample(inputs))
-        scaling = inputs.options.get("scaling")
-        return attend_over_prefix_and_cache(query, key, value, (prefix_key, prefix_value), inputs.mask, scaling), None
-    if inputs.mask is None and num_queries > 1:
+        return _attend_jointly(inputs)[0], None
+    if inputs.mask is None and inputs.query.shape[-2] > 1:
         return _attend_causally(inputs)
     return attend_by_concatenation(inputs)
+
+
+def attend_by_eager(inputs: AttentionInputs) -> AttentionOutput:
+    """As by concatenation; a few queries over a cache join scores where the architecture's function is the common one."""
+    if is_common_eager(inputs.stock) and _can_join(inputs):
+        return _attend_jointly(inputs)
+    return attend_by_concatenation(inputs)
+
+
+@torch.compiler.assume_constant_result
+def is_common_eager(stock: Callable) -> bool:
+    """Whether an architecture's eager function is, instruction by instruction, the one that transformers copies into most
+    of them, which does nothing but scale, mask and group heads. Others have their own ideas of what a head is."""
+    from transformers.models.llama.modeling_llama import eager_attention_forward, repeat_kv
+
+    its_repeat = getattr(stock, "__globals__", {}).get("repeat_kv")
+    pairs = ((stock, eager_attention_forward), (its_repeat, repeat_kv))
+    return all(_instructions(its) == _instructions(common) for its, common in pairs)
+
+
+def _instructions(function: Callable | None) -> tuple:
+    code = getattr(function, "__code__", None)
+    return () if code is None else (code.co_code, code.co_consts, code.co_names, code.co_varnames)
+
+
+def _attend_jointly(inputs: AttentionInputs) -> AttentionOutput:
+    query, key, value = map(_among_heads, (inputs.query, inputs.key, inputs.value))
+    prefix_key, prefix_value = map(_among_heads, _prefix_of_every_sample(inputs))
+    scaling = inputs.options.get("scaling")
+    return attend_over_prefix_and_cache(query, key, value, (prefix_key, prefix_value), inputs.mask, scaling)
 
 
 def _can_join(inputs: AttentionInputs) -> bool:
@@ -140,7 +166,7 @@ def _refuse_window(options: dict[str, Any], num_keys: int) -> None:
 
 
 FAMILIES: dict[str, Callable[[AttentionInputs], AttentionOutput]] = {
-    "eager": attend_by_concatenation,
+    "eager": attend_by_eager,
     "sdpa": attend_by_sdpa,
     "flex_attention": attend_by_concatenation,
     "flash_attention_2": attend_by_flash,

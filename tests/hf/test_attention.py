@@ -201,17 +201,17 @@ def test_observers_see_keys_before_the_prefix_and_only_inside_their_block():
 
 
 class Copies(TorchDispatchMode):
-    """Names the operations that copy tensors, in their order."""
+    """Names the operations that copy tensors of at least so many elements, in their order."""
 
-    def __init__(self):
+    def __init__(self, minimum=0):
         super().__init__()
-        self.names = []
+        self.minimum, self.names = minimum, []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        if name in ("cat", "clone", "constant_pad_nd", "copy_", "_to_copy"):
+        name, output = function.overloadpacket.__name__, function(*args, **(kwargs or {}))
+        if name in ("cat", "clone", "constant_pad_nd", "copy_", "_to_copy") and output.numel() >= self.minimum:
             self.names.append(name)
-        return function(*args, **(kwargs or {}))
+        return output
 
 
 def test_streams_go_among_heads_in_the_copy_that_takes_in_the_prefix(monkeypatch):
@@ -226,6 +226,43 @@ def test_streams_go_among_heads_in_the_copy_that_takes_in_the_prefix(monkeypatch
         attend("sdpa", module, *states)
     assert seen == ["_to_copy", "_to_copy", "cat", "cat", "constant_pad_nd"]  # of two prefixes, keys, values, queries
     assert copies.names[len(seen) :] == ["clone"]  # the output by row
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_new_token_copies_no_cached_key(implementation):
+    """Keys and values of a cache come with streams as heads."""
+    module, (query, key, value) = attention_module(), random_states(1, past=5)
+    heads = UniformLayout(P).to_heads
+    key, value, mask = heads(key), heads(value), torch.zeros(1, 1, 1, 6)
+    expected = attend_by_hand(module.parscale, query, *map(UniformLayout(P).to_rows, (key, value)), causal(1, past=5))
+    with Copies(minimum=value.numel()) as copies:
+        output = attend(implementation, module, query, key, value, mask)
+    torch.testing.assert_close(output, expected)
+    assert copies.names == []
+
+
+def test_eager_weights_are_those_of_rows_prefix_first():
+    """Joined or not, as the architecture's own function has them."""
+    function, module = ALL_ATTENTION_FUNCTIONS[f"{STREAMS}eager"], attention_module(implementation="eager")
+    for past, length in ((6, 1), (0, 20)):
+        query, key, value = random_states(length, past)
+        mask = torch.zeros(1, 1, length, past + length).masked_fill(~causal(length, past)[:1, None], -math.inf)
+        prefix = module.parscale.keys.weight.repeat_interleave(B, 0)
+        scores = query @ torch.cat([prefix, key], 2).repeat_interleave(GROUPS, 1).mT / math.sqrt(SIZE)
+        scores[..., N:] += mask
+        _, weights = function(module, query, key, value, mask, scaling=SIZE**-0.5)
+        torch.testing.assert_close(weights, scores.softmax(-1))
+
+
+def test_an_eager_function_that_is_not_the_common_one_gets_rows(monkeypatch):
+    def stock(module, query, key, value, mask, **options):
+        seen.append((query.shape[0], key.shape[0]))
+        return torch.zeros(len(query), query.shape[2], query.shape[1], VALUE_SIZE), None
+
+    seen, module = [], attention_module(implementation="eager")
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", stock)
+    attend("eager", module, *random_states(1, past=3), torch.zeros(1, 1, 1, 4))
+    assert seen == [(P * B, P * B)]
 
 
 @pytest.mark.parametrize("length", [1, 5])
