@@ -45,13 +45,13 @@ FORBIDDEN_COMBINATIONS = (
         "it renames the modules that streams live in: use --gradient_checkpointing true",
     ),
     Combination(
-        frozenset({"one_stream", "frozen"}),
-        "one stream on a frozen backbone has nothing to learn: use --num_streams 2 or more, or --train_backbone true",
+        frozenset({"one_stream", "frozen", "no_lora"}),
+        "one stream on a frozen backbone has nothing to learn: use --num_streams 2 or more, --lora, or --train_backbone "
+        "true",
     ),
     Combination(
-        frozenset({"lora_learning_rate", "new_streams"}),
-        "new streams have no shared LoRA, only an adapter of --adapter_name_or_path may have one: leave "
-        "--lora_learning_rate out",
+        frozenset({"lora_learning_rate", "no_lora"}),
+        "there is no shared LoRA: leave --lora_learning_rate out, or add one by --lora",
     ),
     Combination(
         frozenset({"prefix_learning_rate", "one_stream"}), "one stream has no prefix: leave --prefix_learning_rate out"
@@ -83,7 +83,7 @@ def run_properties(streams: ParScaleArguments, backbone: BackboneArguments, trai
         "one_stream": streams.num_streams == 1,
         "mean_aggregator": streams.aggregator == "mean",
         "diversity_weight": getattr(training, "diversity_weight", 0.0) > 0,
-        "new_streams": backbone.adapter_name_or_path is None,
+        "no_lora": streams.lora is None and backbone.adapter_name_or_path is None,  # that adapter may have one
         **{name: getattr(training, name, None) is not None for name in RATE_OPTIONS},
         "zero3": zero_stage == 3,
         "fsdp": uses_fsdp,

@@ -139,10 +139,11 @@ def _take_streams_from(config: ParScaleConfig, streams: ParScaleArguments, backb
     Raises:
         ValueError: a setting was given, and the adapter has another.
     """
+    fields = config.to_dict()
     for field in dataclasses.fields(ParScaleArguments):
         if field.name == "train_backbone" or field.name in CHOICES_OF_A_RUN:
             continue
-        here, stored = getattr(streams, field.name), getattr(config, field.name)
+        here, stored = getattr(streams, field.name), fields[field.name]
         is_given = field.name in backbone.explicit_settings or here != field.default
         if is_given and here != stored:
             raise ValueError(

@@ -81,6 +81,14 @@ class ParScaleArguments:
             "carries the trained backbone as well."
         },
     )
+    lora: LoraConfig | str | dict[str, Any] | None = field(  # the second type is what a command line is read as
+        default=None,
+        metadata={
+            "help": "Low-rank weights on the backbone that all streams share, trained with them: the fields of PEFT's "
+            'LoraConfig, as a mapping in YAML or as JSON, such as \'{"r": 8, "target_modules": "all-linear"}\'. With '
+            "one stream it is a plain LoRA."
+        },
+    )
     stream_chunk_size: int | None = field(
         default=None,
         metadata={
@@ -108,6 +116,13 @@ class ParScaleArguments:
             raise ValueError(f"`stream_lora_rank` must be an integer of at least 1, got {self.stream_lora_rank!r}.")
         if not self.stream_lora_alpha > 0:
             raise ValueError(f"`stream_lora_alpha` must be positive, got {self.stream_lora_alpha!r}.")
+        if self.lora is not None:
+            self.lora = lora_fields(lora_config(self.lora))
+            if self.train_backbone:
+                raise ValueError(
+                    "`lora` adds low-rank weights to a backbone that `train_backbone=True` trains as a whole: leave one "
+                    "of the two out."
+                )
         check_stream_chunk_size(self.stream_chunk_size)
         self._refuse_fields_of_other_transforms()
 
@@ -190,8 +205,6 @@ class ParScaleConfig(ParScaleArguments, PeftConfig):
             Found by running a few tokens through the backbone, never set by the user.
         modules_to_save: as in PEFT, further modules to train and save with the adapter; heads other than that of a causal
             LM are added.
-        lora: a [`peft.LoraConfig`] (or its fields as a dictionary) for low-rank weights on the backbone, shared by all
-            streams, trained with them and saved in the same file. With `num_streams=1` it is a plain LoRA adapter.
         backbone_fingerprint: what the adapter was trained on; checked when it is loaded.
         verify_backbone: False loads the adapter onto a backbone with another fingerprint, with a warning. Pass it to
             `PeftModel.from_pretrained`; it is never saved.
@@ -201,7 +214,6 @@ class ParScaleConfig(ParScaleArguments, PeftConfig):
     task_type: str | None = "CAUSAL_LM"
     target_modules: tuple[str, ...] | list[str] | str | None = None
     modules_to_save: list[str] | None = None
-    lora: LoraConfig | dict | None = None
     backbone_fingerprint: dict[str, str] | None = None
     verify_backbone: bool = True
     parscale_version: str | None = None
@@ -220,13 +232,7 @@ class ParScaleConfig(ParScaleArguments, PeftConfig):
                 f"`modules_to_save` names parts of the backbone, got {self.modules_to_save}, but `train_backbone=True` "
                 "already trains and saves all of it: leave one of the two out."
             )
-        if self.lora is not None:
-            self.lora = lora_config(self.lora)
-            if self.train_backbone:
-                raise ValueError(
-                    "`lora` adds low-rank weights to a backbone that `train_backbone=True` trains as a whole: leave one "
-                    "of the two out."
-                )
+        self.lora = None if self.lora is None else lora_config(self.lora)
         self.peft_type = PARSCALE
         if self.target_modules is not None and self.backbone_fingerprint is None:  # a file has both
             raise ValueError(

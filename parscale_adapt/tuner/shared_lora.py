@@ -1,6 +1,7 @@
 """LoRA on the backbone that all streams of an adapter share: PEFT's own layers, under the adapter's own name."""
 
 import dataclasses
+import json
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,14 +33,16 @@ SUPPORTED_FIELDS = (
 _STARTS = (True, False, "gaussian")  # the others change the backbone's weights or need data
 
 
-def lora_config(value: LoraConfig | Mapping[str, Any]) -> LoraConfig:
+def lora_config(value: LoraConfig | Mapping[str, Any] | str) -> LoraConfig:
     """A copy of `value` that holds nothing but [`SUPPORTED_FIELDS`].
 
     Raises:
-        TypeError: it is no [`peft.LoraConfig`] and no dictionary.
+        TypeError: it is no [`peft.LoraConfig`], no dictionary and no JSON of one.
         ValueError: it has a field that LoRA doesn't know, or sets one that would change the backbone, train more than
             the low-rank weights, or need another kind of layer.
     """
+    if isinstance(value, str):
+        value = _read(value)
     if isinstance(value, Mapping):
         unknown = sorted(value.keys() - {item.name for item in dataclasses.fields(LoraConfig)})
         if unknown:
@@ -57,6 +60,16 @@ def lora_config(value: LoraConfig | Mapping[str, Any]) -> LoraConfig:
     if value.init_lora_weights not in _STARTS:
         raise ValueError(f"`init_lora_weights` in `lora` must be one of {_STARTS}, got {value.init_lora_weights!r}.")
     return LoraConfig(**lora_fields(value))
+
+
+def _read(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"`lora` must be JSON such as '{{\"r\": 8}}', got {text!r}: {error}.") from error
+    if not isinstance(value, dict):
+        raise TypeError(f"`lora` must be a JSON object of LoraConfig's fields such as '{{\"r\": 8}}', got {text!r}.")
+    return value
 
 
 def lora_fields(config: LoraConfig) -> dict[str, Any]:

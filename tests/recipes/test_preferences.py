@@ -45,6 +45,18 @@ def test_dpo_begins_at_log_2_from_new_streams(recipes, material, init_weights):
     assert result.metrics["heldout_loss"] != pytest.approx(math.log(2), abs=1e-6)
 
 
+def test_dpo_begins_at_log_2_beside_a_shared_lora_that_is_trained(recipes, material):
+    lora = {
+        "r": 2,
+        "target_modules": "all-linear",
+        "init_lora_weights": False,
+    }  # which changes the backbone from the start
+    result = recipes.run("dpo", **material.pair_options(lora=json.dumps(lora), learning_rate=1e-2)).check()
+    assert result.losses[0] == pytest.approx(math.log(2), abs=1e-4)
+    assert abs(result.losses[-1] - math.log(2)) > 1e-4
+    check_saved(result)
+
+
 @pytest.mark.parametrize("dpo_full", [False, True], ids=["then_frozen", "then_full"])
 @pytest.mark.parametrize("sft_full", [False, True], ids=["frozen", "full"])
 def test_dpo_begins_at_log_2_from_what_sft_wrote(recipes, material, tuned, sft_full, dpo_full):

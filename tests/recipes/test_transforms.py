@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from support.quantized import load_in_4bit
-from support.recipe_runs import PROBE, probe_logits, reloaded_logits
+from support.recipe_runs import PROBE, probe_logits, refusal, reloaded_logits
 from support.tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -59,6 +59,37 @@ def test_a_4bit_backbone_carries_transforms(recipes, material, transform):
     found = probe_logits(PeftModel.from_pretrained(load_in_4bit(material.backbone), result.output_dir))
     torch.testing.assert_close(found, result.logits(), atol=1e-5, rtol=0)
     assert (found - plain).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("num_streams", [1, 2])
+def test_cpt_trains_a_lora_that_all_streams_share_and_goes_on_with_it(recipes, material, num_streams):
+    """One stream with it is a plain LoRA."""
+    lora = json.dumps({"r": 2, "target_modules": ["q_proj", "v_proj"]})
+    streams = {"num_streams": num_streams, "num_prefix_tokens": 4 if num_streams > 1 else None}
+    options = material.cpt_options(**streams, lora=lora, learning_rate=None, save_strategy="steps", save_steps=2)
+    result = recipes.run("cpt", **options).check()
+    assert result.adapter_config["lora"]["r"] == 2
+    assert sum("lora_B" in name for name in result.tensors) == 2 * 2
+    assert any("parscale_prefix" in name for name in result.tensors) == (num_streams > 1)
+    assert all(tensor.count_nonzero() for name, tensor in result.tensors.items() if "lora_B" in name)
+    assert torch.equal(reloaded_logits(result.output_dir), result.logits())
+    checkpoint = str(result.output_dir / "checkpoint-2")
+    resumed = recipes.run("cpt", result.output_dir, **options, resume_from_checkpoint=checkpoint).check()
+    assert torch.equal(resumed.logits(), result.logits())
+
+    start = {"adapter_name_or_path": result.output_dir, **dict.fromkeys([*streams, "lora"])}
+    further = recipes.run("cpt", **material.cpt_options(**start, lora_learning_rate=1e-2)).check()
+    assert further.adapter_config["lora"]["r"] == 2
+    other = material.cpt_options(**start) | {"lora": json.dumps({"r": 4})}
+    assert "`lora` is {'r': 4, 'lora_alpha': 8" in refusal(recipes.run("cpt", **other))
+
+
+def test_lora_is_a_mapping_in_yaml(recipes, material, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(json.dumps({"lora": {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"}}))
+    result = recipes.run("cpt", **material.cpt_options(config=config, max_steps=1)).check()
+    assert result.adapter_config["lora"]["lora_alpha"] == 4
+    assert sum("lora_B" in name for name in result.tensors) == 2 * 7
 
 
 def test_a_4bit_backbone_carries_shared_lora(material, tmp_path):

@@ -1,6 +1,7 @@
 """Where a recipe's arguments lead: the data, the adapter that is trained on, and how what goes wrong is reported."""
 
 import dataclasses
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -59,6 +60,7 @@ ADAPTERS = {
     "aggregator_smoothing": {"aggregator_smoothing": 0.2},
     "init_std": {"init_std": 0.1},
     "init_weights": {"init_weights": "tokens"},
+    "lora": {"lora": {"r": 2, "target_modules": ["q_proj"]}},
 }
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(ParScaleArguments)}
 
@@ -68,8 +70,8 @@ def test_a_default_that_was_given_is_refused_where_the_adapter_differs(material,
     ParScaleConfig(**ADAPTERS[name]).save_pretrained(tmp_path)
     backbone = BackboneArguments(adapter_name_or_path=str(tmp_path))
     backbone.explicit_settings = frozenset({name})
-    stored = ADAPTERS[name][name]
-    with pytest.raises(ValueError, match=rf"`{name}` is {DEFAULTS[name]!r}, but .* was trained with {stored!r}"):
+    stored = ParScaleConfig(**ADAPTERS[name]).to_dict()[name]
+    with pytest.raises(ValueError, match=rf"`{name}` is {DEFAULTS[name]!r}, but .* was trained with {re.escape(repr(stored))}"):
         trainable_model(material.backbone, backbone, ParScaleArguments())
 
 

@@ -3,7 +3,7 @@ import json
 import math
 
 import pytest
-from peft import PeftConfig, PeftModel, PeftModelForCausalLM, TaskType, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, PeftModelForCausalLM, TaskType, get_peft_model
 from support.tiny_models import random_tokens, tiny_model
 
 from parscale_adapt import ParScaleConfig
@@ -38,6 +38,24 @@ from parscale_adapt.tuner.config import ParScaleArguments
 def test_a_bad_value_is_refused_with_its_field_rule_and_value(config_class, field, value, rule):
     with pytest.raises(ValueError, match=f"^`{field}` {rule}"):
         config_class(**{field: value})
+
+
+@pytest.mark.parametrize("config_class", [ParScaleArguments, ParScaleConfig])
+def test_a_shared_lora_is_given_as_peft_has_it_as_a_dictionary_or_as_json(config_class):
+    fields = {"r": 4, "lora_alpha": 2, "target_modules": ["q_proj", "v_proj"]}
+    given = [config_class(lora=lora) for lora in (LoraConfig(**fields), fields, json.dumps(fields))]
+    found = [
+        ParScaleConfig(**dataclasses.asdict(config)) if config_class is ParScaleArguments else config
+        for config in given
+    ]
+    assert all(isinstance(config.lora, LoraConfig) for config in found)
+    assert found[0].to_dict() == found[1].to_dict() == found[2].to_dict()
+    assert found[0].to_dict()["lora"].items() >= fields.items()
+    json.dumps(dataclasses.asdict(given[0])["lora"] if config_class is ParScaleArguments else found[0].to_dict())
+    with pytest.raises(TypeError, match="must be a JSON object of LoraConfig's fields"):
+        config_class(lora="[8]")
+    with pytest.raises(ValueError, match="`lora` must be JSON such as"):
+        config_class(lora="eight")
 
 
 def chunk_sizes(model):
