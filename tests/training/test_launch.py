@@ -71,7 +71,9 @@ def test_a_default_that_was_given_is_refused_where_the_adapter_differs(material,
     backbone = BackboneArguments(adapter_name_or_path=str(tmp_path))
     backbone.explicit_settings = frozenset({name})
     stored = ParScaleConfig(**ADAPTERS[name]).to_dict()[name]
-    with pytest.raises(ValueError, match=rf"`{name}` is {DEFAULTS[name]!r}, but .* was trained with {re.escape(repr(stored))}"):
+    with pytest.raises(
+        ValueError, match=rf"`{name}` is {DEFAULTS[name]!r}, but .* was trained with {re.escape(repr(stored))}"
+    ):
         trainable_model(material.backbone, backbone, ParScaleArguments())
 
 
