@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import decode_cases
+import step_profile
 import torch
 import train_cases
 from bench_page import show, write_page
@@ -30,6 +31,7 @@ def run(args: argparse.Namespace) -> dict:
     train_cases.measure_peaks(training, args)  # first, since it forks
     before = measure_limits(args.device, dtype)
     train_cases.measure_times(training, args)
+    profiled = step_profile.profile_steps(args)
     decoding = decode_cases.decode_cases(args, config, itemsize)
     decode_cases.measure_decoding(decoding, args, before)
     after = measure_limits(args.device, dtype)
@@ -44,6 +46,7 @@ def run(args: argparse.Namespace) -> dict:
         "minutes": (time.perf_counter() - start) / 60,
         "limits": {"before": before._asdict(), "after": after._asdict()},
         "training": train_cases.as_rows(training, args, limits),
+        "profile": profiled,
         "decoding": decode_cases.as_rows(decoding, config, itemsize, limits),
     }
 

@@ -6,6 +6,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
+from step_profile import GROUPS, REST
 
 from parscale_adapt.analysis.plots import COLOURS, GROUND, MARKERS
 
@@ -23,6 +24,7 @@ DECODING = (
     "prompt (s)",
     "of the limit",
 )
+PROFILE = ("training", "P", "step", *GROUPS, REST, "all (ms)", "operations")
 
 
 def training_cells(row: dict) -> list[str]:
@@ -54,6 +56,13 @@ def decoding_cells(row: dict) -> list[str]:
     ]
 
 
+def profile_cells(row: dict) -> list[str]:
+    spent = row["milliseconds"]
+    total = sum(spent.values())
+    shares = [f"{time:.0f} ({time / total:.0%})" for time in spent.values()]
+    return [row["training"], str(row["num_streams"]), row["kind"], *shares, f"{total:.0f}", f"{row['operations']:,}"]
+
+
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
@@ -62,7 +71,11 @@ def show(figures: dict) -> None:
     """Print what was measured."""
     console = Console()
     console.print(limits_sentence(figures))
-    for names, cells, key in ((TRAINING, training_cells, "training"), (DECODING, decoding_cells, "decoding")):
+    for names, cells, key in (
+        (TRAINING, training_cells, "training"),
+        (PROFILE, profile_cells, "profile"),
+        (DECODING, decoding_cells, "decoding"),
+    ):
         table = Table(*names, title=f"{key}, {figures['machine']}")
         for row in figures[key]:
             table.add_row(*cells(row))
@@ -116,6 +129,12 @@ others; ratios are to it under the same checkpointing. Peaks are above weights a
 ![time and peak of a training step](images/bench_training.png)
 
 {_markdown(TRAINING, [training_cells(row) for row in figures["training"]])}
+### Where the time of a step goes
+
+Milliseconds by torch's profiler, of one step that is not checkpointed. What streams add to the backbone's own arithmetic on
+P * B rows is what "streams" has more than "plain backbone".
+
+{_markdown(PROFILE, [profile_cells(row) for row in figures["profile"]])}
 ### Prompts and tokens
 
 ![milliseconds per token and the limit](images/bench_decoding.png)

@@ -3,7 +3,7 @@
     python scripts/evidence.py --processes 2                    # on two cores, resumable
     python scripts/evidence.py --processes 2 --deadline 3300    # start no run after 55 minutes
     python scripts/evidence.py --device cuda                    # all of it on one GPU
-    python scripts/evidence.py --only lora8+streams4 --seed 0   # one row
+    python scripts/evidence.py --only lora8+streams4 --seed 0 --csv mine.csv --adapters mine  # one row, and its adapter
 
 First come short sweeps of the learning rate, each one row of docs/evidence/sweeps.csv, then the runs themselves, each
 one row of docs/evidence/runs.csv (docs/evidence.md says what they show). Finished rows are skipped. A killed run goes on
@@ -32,6 +32,7 @@ from evidence_methods import Experiment
 from evidence_plan import experiments, finished_sweeps, sweep_plan
 from evidence_rows import DIVERGED, FINISHED, SKIPPED, Table, shared_columns
 from evidence_training import TOKENS_PER_STEP, DivergedError, Run
+from peft import PeftModel
 from smollm2 import smollm2_folder
 from transformers import AutoModelForCausalLM
 
@@ -51,6 +52,7 @@ class Place:
     model: Path
     corpus: Path
     state: Path
+    adapters: Path | None = None
 
 
 class _Worker:
@@ -102,6 +104,8 @@ class _Worker:
         if after > before:
             raise DivergedError(f"the loss on the tuning documents went from {before:.4f} to {after:.4f}")
         run.forget_state()
+        if cls.place.adapters is not None and isinstance(run.model, PeftModel):
+            run.model.save_pretrained(cls.place.adapters / f"{experiment.name}_seed{seed}")
         peak = torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else _peak_of_process()
         return {
             **figures,
@@ -178,6 +182,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sweeps", type=Path, default=ROOT / "docs" / "evidence" / "sweeps.csv", help="theirs")
     parser.add_argument("--model", type=Path, help="SmolLM2's folder (default: that of scripts/smollm2.py)")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "evidence", help="the corpus, and runs' states")
+    parser.add_argument("--adapters", type=Path, help="keep the streams and LoRAs that are trained in this folder")
     parser.add_argument("--num_seeds", type=int, default=3)
     parser.add_argument("--deadline", type=float, default=math.inf, help="seconds after which no run starts")
     parser.add_argument("--only", help="name of an experiment")
@@ -191,7 +196,8 @@ def main() -> None:
         raise ValueError("--device cuda was given, but torch sees no GPU here: leave it out.")
     end = time.monotonic() + arguments.deadline
     model = arguments.model or smollm2_folder()
-    place = Place(arguments.device, model, arguments.folder / "corpus.safetensors", arguments.folder / "state")
+    corpus, state = arguments.folder / "corpus.safetensors", arguments.folder / "state"
+    place = Place(arguments.device, model, corpus, state, arguments.adapters)
     shared = shared_columns(load_corpus(place.corpus, model).fingerprint, torch.device(arguments.device))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.processes, context, _Worker.start, (place,)) as pool:

@@ -125,7 +125,7 @@ Sweeps ([table](evidence/sweeps.csv)): {swept["machine"]}, float32 with TF32 pro
 ```bash
 python scripts/evidence.py --processes 2                    # all rows, on two cores in pieces, resumable
 python scripts/evidence.py --device cuda --csv runs_gpu.csv # on a GPU
-python scripts/evidence.py --only lora8+streams4 --seed 0 --csv mine.csv  # one row again, by its name
+python scripts/evidence.py --only lora8+streams4 --seed 0 --csv mine.csv --adapters mine  # one row, and its adapter
 python scripts/evidence_page.py                             # this page, from the tables
 ```
 """

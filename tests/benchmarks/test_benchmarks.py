@@ -186,6 +186,39 @@ def test_one_run_measures_every_kind_of_step_with_its_peak_and_the_limit(whole_r
 
 
 @pytest.mark.slow
+def test_one_run_says_where_the_time_of_each_kind_of_step_goes(whole_run):
+    rows = whole_run[0]["profile"]
+    kinds = ("plain backbone", "streams", "streams in chunks")
+    assert [(row["training"], row["kind"]) for row in rows] == list(itertools.product(("frozen", "full"), kinds))
+    assert all(row["num_streams"] == 4 for row in rows)
+    for row in rows:
+        assert list(row["milliseconds"]) == ["attention", "matrix products", "copies and layout", "everything else"]
+        assert all(time > 0 for time in row["milliseconds"].values())
+    operations = {(row["training"], row["kind"]): row["operations"] for row in rows}
+    assert operations["full", "streams in chunks"] > 2 * operations["full", "streams"] > 0  # four chunks of one
+
+
+def test_operations_are_grouped_by_their_names(monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    from step_profile import group_of
+
+    groups = {
+        "attention": ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "pytorch_flash::flash_fwd_kernel"),
+        "matrix products": ("aten::mm", "aten::addmm", "ampere_sgemm_128x64_tn"),
+        "copies and layout": ("aten::copy_", "aten::cat", "aten::constant_pad_nd"),
+        "everything else": (
+            "aten::mul",
+            "aten::mean",
+            "aten::matmul",
+            "autograd::engine::evaluate_function: MmBackward0",
+        ),
+    }
+    assert {name: group_of(name) for names in groups.values() for name in names} == {
+        name: group for group, names in groups.items() for name in names
+    }
+
+
+@pytest.mark.slow
 def test_one_run_measures_every_cache_batch_and_context(whole_run):
     rows = whole_run[0]["decoding"]
     cases = [(row["batch_size"], row["context"], row["cache"], row["num_streams"]) for row in rows]
@@ -203,7 +236,9 @@ def test_the_page_holds_the_run_between_its_marks_and_can_be_written_again(whole
     assert "old" not in text
     assert f"torch {torch.__version__}" in text
     assert figures["command"] in text
-    assert text.count("\n| ") == len(figures["training"]) + len(figures["decoding"]) + 4  # two heads, two rules
+    assert (
+        text.count("\n| ") == len(figures["training"]) + len(figures["profile"]) + len(figures["decoding"]) + 6
+    )  # heads and rules
     for name in ("bench_training.png", "bench_decoding.png"):
         assert f"images/{name}" in text
         assert (page.parent / "images" / name).read_bytes().startswith(b"\x89PNG")

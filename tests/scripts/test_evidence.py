@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM
 from support.tiny_models import VOCABULARY, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -182,6 +183,18 @@ def test_a_row_has_the_loss_before_the_first_step(scripts, corpus):
     assert row["tuning_loss"] < row["tuning_loss_before"]
 
 
+def test_what_was_trained_is_kept_as_an_adapter_where_one_asks(scripts, corpus, tmp_path):
+    backbone = tiny_model("llama")
+    backbone.save_pretrained(tmp_path / "backbone")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "backbone")
+    row = row_of(scripts, corpus, EXPERIMENTS["lora+streams"], loaded, tmp_path / "kept")
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "kept" / "lora+streams_seed0")
+    from evidence_training import document_losses, mean_loss
+
+    losses = document_losses(model, corpus.heldout, torch.device("cpu"))
+    assert mean_loss(losses, corpus.heldout) == pytest.approx(row["heldout_loss"], abs=1e-9)
+
+
 def test_a_run_whose_numbers_are_lost_is_a_row_that_says_so(scripts, corpus):
     broken = dataclasses.replace(EXPERIMENTS["lora"], rates=dataclasses.replace(EXPERIMENTS["lora"].rates, lora=1e30))
     row = row_of(scripts, corpus, broken)
@@ -201,11 +214,11 @@ def test_too_little_memory_is_known_before_the_start(scripts, corpus, monkeypatc
     assert "1.0 GiB are free" in row["status"]
 
 
-def row_of(scripts, corpus, experiment):
+def row_of(scripts, corpus, experiment, backbone=None, adapters=None):
     worker = scripts._Worker
-    worker.place = scripts.Place("cpu", Path(), Path(), Path("/nowhere"))
+    worker.place = scripts.Place("cpu", Path(), Path(), Path("/nowhere"), adapters)
     worker.corpus = corpus
-    worker.backbone = tiny_model("llama")
+    worker.backbone = backbone or tiny_model("llama")
     return worker.run(experiment, 0)
 
 
