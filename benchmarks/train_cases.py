@@ -180,7 +180,9 @@ def as_rows(cases: list[TrainCase], args: argparse.Namespace, limits: Limits) ->
                 "spread": [min(case.times), max(case.times)],
                 "time_ratio": None if base is None else median / statistics.median(base.times),
                 "peak_mib": case.peak_mib,
-                "peak_ratio": case.peak_mib / base.peak_mib if base is not None and base.peak_mib else None,  # tiny shapes
+                "peak_ratio": case.peak_mib / base.peak_mib
+                if base is not None and base.peak_mib
+                else None,  # tiny shapes
                 "fraction_of_limit": at_limit / median,
             }
         )
