@@ -75,8 +75,10 @@ def build(experiment: Experiment, backbone: PreTrainedModel) -> nn.Module:
         return backbone
     if experiment.method == LORA:
         return get_peft_model(backbone, shared_lora(experiment.lora_rank))
-    model = get_peft_model(backbone, _stream_config(experiment))
-    return PrefixTuning(model) if experiment.method == PREFIX_TUNING else model
+    if experiment.method == PREFIX_TUNING:
+        streams = get_peft_model(backbone, _stream_config(dataclasses.replace(experiment, lora_rank=0)))
+        return PrefixTuning(streams, experiment.lora_rank)
+    return get_peft_model(backbone, _stream_config(experiment))
 
 
 def shared_lora(rank: int) -> LoraConfig:
@@ -106,7 +108,8 @@ def optimizer_groups(experiment: Experiment, model: nn.Module) -> list[dict[str,
     """Parameter groups of the experiment's rates; nothing decays."""
     rates = experiment.rates
     if experiment.method == PREFIX_TUNING:
-        return [{"params": list(model.parameters()), "lr": rates.prefix}]
+        parts = [(nn.ParameterList([*model.keys, *model.values]), rates.prefix), (model.lora, rates.lora)]
+        return [{"params": list(part), "lr": rate} for part, rate in parts if len(part)]
     if experiment.method in (LORA, FULL) and experiment.num_streams == 1:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return [{"params": trained, "lr": rates.lora or rates.backbone}]
@@ -124,9 +127,13 @@ class PrefixTuning(nn.Module):
 
     So it has as many prefix parameters as P streams and starts from the same tensors. The prefix goes through the
     backbone's cache, as in PEFT; positions are those of the streams, at which the prefix takes no place.
+
+    Args:
+        model: a backbone in streams, which it takes apart.
+        lora_rank: of a LoRA beside the prefix; 0 for none.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, lora_rank: int = 0):
         super().__init__()
         prefixes = [module for module in model.modules() if isinstance(module, StreamPrefix | ReparameterizedPrefix)]
         with torch.no_grad():
@@ -134,6 +141,11 @@ class PrefixTuning(nn.Module):
         self.backbone = [model.unload()]  # a list hides it from `parameters`
         self.keys = nn.ParameterList(tensors[0::2])
         self.values = nn.ParameterList(tensors[1::2])
+        self.lora = nn.ParameterList()
+        if lora_rank:
+            adapted = get_peft_model(self.backbone[0], shared_lora(lora_rank))
+            self.backbone = [adapted]
+            self.lora.extend(parameter for parameter in adapted.parameters() if parameter.requires_grad)
 
     def forward(self, input_ids: torch.Tensor) -> Any:
         """As a causal LM's, for ids `[batch, seq_len]` without a cache."""

@@ -44,7 +44,15 @@ PRICED = {
     "streams4": "4 streams",
     "full1": "full training, P=1",
 }
-BESIDE_LORA = [(f"lora8+streams{count}", f"lora{RANK_OF_LORA_AND_STREAMS[count]}") for count in STREAMS]
+BESIDE_LORA = [
+    pair
+    for count in STREAMS
+    for pair in (
+        (f"lora8+streams{count}", f"lora{RANK_OF_LORA_AND_STREAMS[count]}"),
+        (f"lora8+streams{count}", "lora8"),
+        (f"lora8+streams{count}", f"lora8+prefix_tuning{count * 48}"),
+    )
+]
 ALONE = [(f"streams{count}", f"lora{RANK_OF_STREAMS[count]}") for count in STREAMS]
 
 
@@ -54,6 +62,7 @@ def label(name: str) -> str:
     for count in STREAMS:
         words[f"streams{count}"] = f"{count} streams"
         words[f"prefix_tuning{count * 48}"] = f"prefix tuning, {count * 48} tokens, P=1"
+        words[f"lora8+prefix_tuning{count * 48}"] = f"LoRA r=8 + prefix tuning, {count * 48} tokens, P=1"
         words[f"lora{RANK_OF_STREAMS[count]}"] = f"LoRA r={RANK_OF_STREAMS[count]}"
         words[f"lora{RANK_OF_LORA_AND_STREAMS[count]}"] = f"LoRA r={RANK_OF_LORA_AND_STREAMS[count]}"
         words[f"full{count}"] = f"full training, P={count}"

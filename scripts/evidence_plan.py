@@ -142,6 +142,9 @@ def _claims(chosen: Choices) -> Iterator[Experiment]:
             rank = RANK_OF_LORA_AND_STREAMS[count]
             yield Experiment(f"lora{rank}", LORA, lora_rank=rank, rates=lora)
         for count in counts:
+            name, rates = f"lora8+prefix_tuning{count * 48}", dataclasses.replace(combined.rates, aggregator=None)
+            yield dataclasses.replace(combined, name=name, method=PREFIX_TUNING, num_streams=count, rates=rates)
+        for count in counts:
             yield dataclasses.replace(streams, name=f"streams{count}", num_streams=count)
             rank = RANK_OF_STREAMS[count]
             yield Experiment(f"lora{rank}", LORA, lora_rank=rank, rates=lora)

@@ -14,11 +14,12 @@ ON_TOP = {count: RANK_OF_LORA_AND_STREAMS[count] for count in (2, 4)}
 
 
 def answer(results: Results) -> str:
-    """The answer in five sentences, each once its rows are there."""
+    """The answer in a few sentences, each once its rows are there."""
     sentences = (
         (_gain, ("streams2", "streams4")),
         (_against_same_size, ("streams4", "prefix_tuning192", "lora12")),
         (_on_top, [name for count, rank in ON_TOP.items() for name in (f"lora8+streams{count}", f"lora{rank}")]),
+        (_mixing, ("lora8+streams4", "lora8+prefix_tuning192", "lora8")),
         (_price, ("lora8+streams4", "lora8_4x_tokens")),
         (_forgetting, ("streams4", "lora12", "lora8+streams4")),
     )
@@ -52,6 +53,17 @@ def _on_top(results: Results) -> str:
     return (
         "On top of a LoRA of rank 8, against a larger LoRA with as many trained parameters in all, two streams are "
         f"{two} and four are {four}."
+    )
+
+
+def _mixing(results: Results) -> str:
+    alone, split = (
+        results.difference("lora8+streams4", "lora8"),
+        results.difference("lora8+streams4", "lora8+prefix_tuning192"),
+    )
+    return (
+        f"Against the LoRA of rank 8 alone, four streams on it are {verdict(alone)}; against it with the same prefix tokens in "
+        f"one stream, at a quarter of the arithmetic, they are {verdict(split)}."
     )
 
 
@@ -139,7 +151,11 @@ advise: 3e-3 to 1e-2 for prefixes, 1e-3 to 2e-3 for low-rank weights, 3e-5 for a
 """
 
 BESIDE_LORA = """
-## Streams on top of a LoRA, against a larger LoRA
+## Streams on top of a LoRA, against what costs less
+
+A larger LoRA has as many trained parameters as LoRA and streams together; LoRA r=8 is the one inside, alone, at the rate
+that was chosen for it; and prefix tuning beside it has the prefix tokens of all streams in one, so what is left against it
+is what running them apart and mixing them gains.
 """
 
 ALONE = """

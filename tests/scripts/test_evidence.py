@@ -62,6 +62,9 @@ def experiments():
     streams = Rates(prefix=1e-2, aggregator=1e-3)
     return {
         "prefix_tuning": Experiment("prefix_tuning", PREFIX_TUNING, 2, rates=Rates(prefix=1e-2), steps=6),
+        "lora+prefix_tuning": Experiment(
+            "lora+prefix_tuning", PREFIX_TUNING, 2, lora_rank=2, rates=Rates(prefix=1e-2, lora=1e-3), steps=6
+        ),
         "lora": Experiment("lora", LORA, lora_rank=2, rates=Rates(lora=1e-3), steps=6),
         "streams": Experiment("streams", PARSCALE, 2, rates=streams, steps=6),
         "both": Experiment("both", PARSCALE, 2, ("prefix", "lora"), rates=streams, steps=6),

@@ -163,7 +163,7 @@ def test_finished_tables_have_every_section(page, finished, lab, decoding, tmp_p
     assert "0.0500 nats better" in text  # than the LoRA of the same size, as the fixture has it
     without = [row for row in rows if row["name"] not in ("streams8", "lora8_4x_tokens")]
     text = page.page_text(page.Tables(without, swept))
-    assert "2 of 30 experiments wait for more hours" in text
+    assert "2 of 33 experiments wait for more hours" in text
     assert "`streams8`" in text
     assert "(1 more of these answers wait for their runs.)" in text
     assert "The law in the small" not in text
