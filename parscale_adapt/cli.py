@@ -15,6 +15,7 @@ import typer
 from .commands.chat import chat
 from .commands.cost import cost
 from .commands.diagnose import diagnose
+from .commands.evaluate import evaluate
 from .commands.export import export
 from .commands.fit_law import fit_law
 from .commands.foreign_messages import drop_foreign_messages
@@ -32,6 +33,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "predict": predict,
     "cost": cost,
     "diagnose": diagnose,
+    "evaluate": evaluate,
     "import": import_checkpoint,
     "export": export,
     "verify": verify,

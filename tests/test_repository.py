@@ -23,14 +23,18 @@ FOLDERS = (
     ("tuner", "checkpoints"),
     ("tuner", "analysis"),
     ("tuner", "serving"),
+    ("tuner", "evaluation"),
     ("data", "training"),
     ("data", "commands"),
     ("checkpoints", "training"),
     ("checkpoints", "serving"),
+    ("data", "evaluation"),
+    ("checkpoints", "evaluation"),
     ("training", "commands"),
     ("checkpoints", "commands"),
     ("analysis", "commands"),
     ("serving", "commands"),
+    ("evaluation", "commands"),
 )
 LEAVES = ("deferred", "files", "version")  # may be imported from everywhere, and import nothing of the package
 WITHOUT_PEFT = ("core", "hf", "models")

@@ -38,7 +38,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 model = PeftModel.from_pretrained(backbone, FOLDER)
 ```
 """
-    return _card("peft", backbone or source, text)
+    return new_card("peft", backbone or source, text)
 
 
 def export_card(backbone: str | None, format: str, num_streams: int) -> ModelCard:
@@ -80,10 +80,18 @@ model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto"{option})
 
 `parscale verify FOLDER` compares it with what is kept of its source in `reference_logits.safetensors`.
 """
-    return _card("transformers", backbone, text, **({"custom_code": True} if how == "standalone" else {}))
+    return new_card("transformers", backbone, text, **({"custom_code": True} if how == "standalone" else {}))
 
 
-def _card(library: str, base_model: str | None, text: str, **metadata: Any) -> ModelCard:
+def new_card(library: str, base_model: str | None, text: str, **metadata: Any) -> ModelCard:
+    """A card with the metadata that all of ours have.
+
+    Args:
+        library: that loads the model.
+        base_model: its backbone; left out unless it is a repository on the hub.
+        text: what the card says.
+        metadata: more fields.
+    """
     # The hub knows its own repositories only.
     is_hub_name = (
         base_model is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", base_model) and not Path(base_model).exists()

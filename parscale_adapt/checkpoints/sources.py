@@ -84,7 +84,7 @@ def load_source(source: Source, dtype: torch.dtype | None = None) -> PeftModel:
     Raises:
         ValueError: the backbone lacks tensors, or adapter and backbone don't fit.
     """
-    model = _empty_backbone(source, dtype) if source.backbone is None else _mapped_backbone(source.backbone, dtype)
+    model = _empty_backbone(source, dtype) if source.backbone is None else load_backbone(source.backbone, dtype)
     return PeftModel.from_pretrained(model, source.adapter, config=source.config, torch_device="cpu").eval()
 
 
@@ -96,7 +96,12 @@ def _empty_backbone(source: Source, dtype: torch.dtype | None) -> PreTrainedMode
     return model
 
 
-def _mapped_backbone(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+def load_backbone(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A plain checkpoint on the CPU; in its own dtype it is mapped from its files and not copied.
+
+    Raises:
+        ValueError: it lacks tensors, or does not fit its configuration.
+    """
     model, info = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype or "auto", use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True
     )

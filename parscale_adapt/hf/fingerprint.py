@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .engines import gathered, is_partitioned, stored_value
 
@@ -31,14 +31,31 @@ _SHAPE_FIELDS = (
 
 def backbone_fingerprint(model: PreTrainedModel) -> dict[str, str]:
     """`{"shape": ..., tensor name: hashes of sampled values, ...}` of a causal LM without adapters."""
-    config = model.config.get_text_config()
-    shape = {name: getattr(config, name, None) for name in _SHAPE_FIELDS}
-    fingerprint = {"shape": json.dumps(shape, sort_keys=True)}
+    fingerprint = {"shape": shape_entry(model.config)}
     for name, parameter in _sampled_parameters(model):
-        values = _sample(model, name, parameter)
-        if not values.is_meta:  # of a model that is only a shape
-            fingerprint[name] = f"{_hash(values)} {_hash(values.half())}"
+        with gathered([parameter]):
+            entry = tensor_entry(stored_value(model, name))
+        if entry is not None:
+            fingerprint[name] = entry
     return fingerprint
+
+
+def shape_entry(config: PreTrainedConfig) -> str:
+    """What a fingerprint says of the shape of a backbone with this configuration."""
+    config = config.get_text_config()
+    return json.dumps({name: getattr(config, name, None) for name in _SHAPE_FIELDS}, sort_keys=True)
+
+
+@torch.no_grad()
+def tensor_entry(tensor: torch.Tensor) -> str | None:
+    """What a fingerprint says of a tensor: hashes of up to `NUM_SAMPLED_VALUES` evenly spaced values; None on the meta
+    device, of a model that is only a shape."""
+    flat = tensor.detach().flatten()
+    values = flat[:: max(1, flat.numel() // NUM_SAMPLED_VALUES)][:NUM_SAMPLED_VALUES]
+    if values.is_meta:
+        return None
+    values = values.cpu().clone()
+    return f"{_hash(values)} {_hash(values.half())}"
 
 
 def embedding_name(model: PreTrainedModel) -> str:
@@ -83,13 +100,3 @@ def _hash(values: torch.Tensor) -> str:
     rounded = values.bfloat16()
     rounded[rounded.abs() < _SMALLEST_SAMPLED] = 0.0
     return hashlib.sha256(rounded.view(torch.int16).numpy().tobytes()).hexdigest()[:16]
-
-
-@torch.no_grad()
-def _sample(model: PreTrainedModel, name: str, parameter: nn.Parameter) -> torch.Tensor:
-    """Up to `NUM_SAMPLED_VALUES` evenly spaced values of a parameter, on the CPU; on the meta device where it has none."""
-    with gathered([parameter]):
-        flat = stored_value(model, name).detach().flatten()
-        step = max(1, flat.numel() // NUM_SAMPLED_VALUES)
-        values = flat[::step][:NUM_SAMPLED_VALUES]
-        return values if values.is_meta else values.cpu().clone()
