@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _KEYS = ("name", "num_fewshot")
 _MAX_REASON = 300
+_FILE_FORMATS = ("json", "csv", "parquet", "text", "arrow")
 _GENERATING = "generate_until"
 
 
@@ -53,6 +54,11 @@ class Benchmark:
         """Whether models write answers."""
         return self.task.OUTPUT_TYPE == _GENERATING
 
+    @property
+    def is_local(self) -> bool:
+        """Whether the data lies in files, and is no data set of the hub."""
+        return self.task.get_config("dataset_path") in _FILE_FORMATS
+
     def content(self) -> dict[str, Any]:
         """Configuration, items, examples and code of the task, and lm-eval's version."""
         import lm_eval
@@ -60,7 +66,7 @@ class Benchmark:
         config = {name: value for name, value in self.task.dump_config().items() if name != "num_fewshot"}
         config["metadata"] = {**(config.get("metadata") or {})}
         folder = Path(config["metadata"].pop("config_source", "")).parent
-        if _is_local(config):
+        if self.is_local:
             config.pop("dataset_kwargs", None)  # where the files are; what they hold is among the items
         return {
             "task": _digest(config),
@@ -283,10 +289,6 @@ def _check_task(name: str, task: "Task", num_fewshot: int | None, settings: Eval
     sampled = task.OUTPUT_TYPE == _GENERATING and (task.get_config("generation_kwargs") or {}).get("do_sample")
     if sampled and settings.beams:
         raise ValueError(f"The task {name} samples its answers, and `beams` searches for them: leave one out.")
-
-
-def _is_local(config: Mapping[str, Any]) -> bool:
-    return config.get("dataset_path") in ("json", "csv", "parquet", "text", "arrow")
 
 
 def _digest(value: Any) -> str:

@@ -60,7 +60,7 @@ def _identity(result: EvalResult) -> tuple[object, ...]:
 def _result(row: Row, evaluation: Evaluation) -> EvalResult:
     measure = evaluation.measures.get(row.measure)
     dataset, config, split = row.measure, None, None
-    if isinstance(measure, Benchmark):
+    if isinstance(measure, Benchmark) and not measure.is_local:
         dataset = measure.task.get_config("dataset_path") or row.measure
         config, split = measure.task.get_config("dataset_name"), measure.task.get_config("test_split")
     metric, _, filter_name = row.metric.partition(",")

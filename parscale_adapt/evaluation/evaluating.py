@@ -108,6 +108,7 @@ def _measure_all(field: Field, measures: Sequence[Measure], store: ScoreStore) -
                 scores = _score(loaded, contender, measure, field)
                 store.save(contender.name, measure.name, content, scores, environment())
                 found[measure.name, contender.name] = scores
+        del loaded  # before the next backbone is read
     return found
 
 
@@ -123,11 +124,13 @@ def _content(contender: Contender, measured: dict[str, Any]) -> dict[str, Any]:
 def _run_programs(program: Programs, evalplus: EvalPlus | None, found: Found, store: ScoreStore, field: Field) -> str:
     """Let EvalPlus run what models wrote, where it is asked to; a sentence says how."""
     for contender in field.contenders:
-        written = found[program.name, contender.name]
+        written = found.get((program.name, contender.name))
+        if written is None:  # beams, which sampling has none of
+            continue
         program.write_samples(written, store.folder, contender.name)
         if evalplus is None:
             continue
-        content = _content(contender, program.content()) | {"evalplus": evalplus.version}
+        content = _content(contender, program.content()) | evalplus.environment
         name = f"{program.name} results"
         scores = store.find(contender.name, name, content)
         if scores is None:

@@ -46,11 +46,13 @@ def test_a_program_ends_at_the_first_stop():
 
 
 def test_programs_are_the_greedy_answers_of_each_model_and_are_not_run(scored, tmp_path, capsys):
-    path = problems_file(tmp_path)
-    evaluation = evaluate(settings_of(scored, tmp_path, f"humaneval={path}", beams=[2]))
+    entry = {"name": "humaneval", "path": str(problems_file(tmp_path)), "num_samples": 2}
+    evaluation = evaluate(settings_of(scored, tmp_path, entry, beams=[2]))
     report = show_report(evaluation)
     assert report["scores"] == []
     assert "programs were written and not run, so there is no score" in capsys.readouterr().out
+    sampled = {path.stem for path in (tmp_path / "out" / "programs").glob("humaneval_sampled_*")}
+    assert sampled == {f"humaneval_sampled_{name}" for name in ("backbone", "P2", "P4")}  # beams sample nothing
     models = {"backbone": (scored.plain(), 1), "2_beams": (scored.plain(), 2), "P2": (scored.adapted("two"), 1)}
     for name, (model, beams) in models.items():
         lines = (tmp_path / "out" / "programs" / f"humaneval_{name}.jsonl").read_text().splitlines()
