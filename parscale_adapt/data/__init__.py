@@ -1,5 +1,6 @@
 """Text in, packed and mixed training rows out; questions and answers in, rows with a loss mask out."""
 
+from .arithmetic import sums_of_digits
 from .chat_template import CHATML
 from .fingerprint import content_of, fingerprint_of_files
 from .inspection import check_rows, show_prepared
@@ -9,6 +10,7 @@ from .local_files import default_heldout_split, find_local_files
 from .mixture import build_train_dataset
 from .packing import PackedCollator, PackedRow, iterate_packed_rows, pack_dataset, pack_documents
 from .preferences import PreferenceSettings, prepare_preferences, with_questions
+from .prompts import PROMPT_FORMATS, PromptSettings, prepare_prompts
 from .report import SourceReport, TokenReport
 from .rows import LoadedSource, MixtureSettings
 from .saying import say
@@ -22,6 +24,7 @@ from .tokenizers import TokenizerSettings, check_vocabulary, end_token_ids, load
 
 __all__ = [
     "CHATML",
+    "PROMPT_FORMATS",
     "TRAIN_ON",
     "DataSource",
     "InstructionSettings",
@@ -30,6 +33,7 @@ __all__ = [
     "PackedCollator",
     "PackedRow",
     "PreferenceSettings",
+    "PromptSettings",
     "RowPreparer",
     "SourceReport",
     "TextSource",
@@ -54,11 +58,13 @@ __all__ = [
     "pack_documents",
     "prepare_instructions",
     "prepare_preferences",
+    "prepare_prompts",
     "say",
     "set_chat_template",
     "show_prepared",
     "stdlib_docstring_pairs",
     "stdlib_preference_pairs",
+    "sums_of_digits",
     "train_tokenizer",
     "with_questions",
 ]

@@ -1,7 +1,7 @@
 """Command-line arguments of the recipes, besides TRL's own and [`parscale_adapt.tuner.config.ParScaleArguments`]."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import BitsAndBytesConfig
 
@@ -66,6 +66,7 @@ class BackboneArguments:
 class DataArguments:
     """Raw text to train on. In a YAML file `datasets` mixes several sources by weight."""
 
+    embedded_name: ClassVar[str] = "standard library"  # of the text without a name
     dataset_name: str | None = field(
         default=None,
         metadata={

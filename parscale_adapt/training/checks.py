@@ -22,7 +22,10 @@ class Combination:
     reason: str
 
 
+_WHOLE_FOR_BATCHING = "continuous batching needs whole parameters: leave --use_transformers_continuous_batching out"
 FORBIDDEN_COMBINATIONS = (
+    Combination(frozenset({"continuous_batching", "zero3"}), _WHOLE_FOR_BATCHING),
+    Combination(frozenset({"continuous_batching", "fsdp"}), _WHOLE_FOR_BATCHING),
     Combination(
         frozenset({"load_in_4bit", "train_backbone"}),
         "4-bit weights can't be trained: use --train_backbone false, or leave --load_in_4bit out",
@@ -84,6 +87,7 @@ def run_properties(streams: ParScaleArguments, backbone: BackboneArguments, trai
         "mean_aggregator": streams.aggregator == "mean",
         "diversity_weight": getattr(training, "diversity_weight", 0.0) > 0,
         "no_lora": streams.lora is None and backbone.adapter_name_or_path is None,  # that adapter may have one
+        "continuous_batching": getattr(training, "use_transformers_continuous_batching", False),
         **{name: getattr(training, name, None) is not None for name in RATE_OPTIONS},
         "zero3": zero_stage == 3,
         "fsdp": uses_fsdp,
@@ -158,5 +162,6 @@ def check_run(streams: ParScaleArguments, backbone: BackboneArguments, training:
             f"`attn_implementation` must be one of {', '.join(SUPPORTED_IMPLEMENTATIONS)} for streams, got "
             f"{backbone.attn_implementation!r}."
         )
-    if training.max_length is None or training.max_length < 2:
-        raise ValueError(f"`max_length` must be at least 2 tokens per row, got {training.max_length!r}.")
+    max_length = getattr(training, "max_length", 2)  # trainers that sample answers know none
+    if max_length is None or max_length < 2:
+        raise ValueError(f"`max_length` must be at least 2 tokens per row, got {max_length!r}.")

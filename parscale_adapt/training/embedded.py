@@ -77,16 +77,18 @@ def embedded_backbone(parent: str | Path, settings: EmbeddedBackbone | None = No
     with PartialState().main_process_first():
         if not (folder / "model.safetensors").is_file():
             print(f"No pretrained backbone given: pretraining a small one into {folder} (once).", flush=True)
-            environment = {key: value for key, value in os.environ.items() if not _belongs_to_launcher(key)}
-            command = [
-                sys.executable,
-                "-m",
-                "parscale_adapt.training.embedded",
-                str(folder),
-                json.dumps(asdict(settings)),
-            ]
-            subprocess.run(command, env=environment, check=True)
+            run_alone("parscale_adapt.training.embedded", str(folder), json.dumps(asdict(settings)))
     return folder
+
+
+def run_alone(module: str, *arguments: str) -> None:
+    """Run a module in a process of its own, which no launcher of this one reaches.
+
+    Raises:
+        subprocess.CalledProcessError: it failed.
+    """
+    environment = {key: value for key, value in os.environ.items() if not _belongs_to_launcher(key)}
+    subprocess.run([sys.executable, "-m", module, *arguments], env=environment, check=True)
 
 
 def _belongs_to_launcher(name: str) -> bool:

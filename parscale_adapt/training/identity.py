@@ -10,6 +10,7 @@ from transformers import SchedulerType
 from ..data import content_of, fingerprint_of_files
 from ..tuner.config import CHOICES_OF_A_RUN, ParScaleArguments
 from .arguments import BackboneArguments
+from .rewards import file_of
 from .stream_config import RecipeConfig
 
 
@@ -27,6 +28,7 @@ _EVALUATION = frozenset(
         "eval_strategy",
         "eval_use_gather_object",
         "include_for_metrics",
+        "num_generations_eval",
         "per_device_eval_batch_size",
         "prediction_loss_only",
     }
@@ -47,12 +49,16 @@ _LOGGING = frozenset(
         "disable_tqdm",
         "include_num_input_tokens_seen",
         "log_level",
+        "log_completions",
+        "log_completions_hub_repo",
         "log_level_replica",
         "log_on_each_node",
+        "log_unique_prompts",
         "logging_first_step",
         "logging_nan_inf_filter",
         "logging_steps",
         "logging_strategy",
+        "num_completions_to_print",
         "project",
         "report_to",
         "run_name",
@@ -112,9 +118,9 @@ def run_identity(
         "dtype": backbone.dtype,
         "attn_implementation": backbone.attn_implementation,
         "load_in_4bit": backbone.load_in_4bit,
-        "data": [source.path for source in data.sources()] or ["standard library"],
+        "data": [source.path for source in data.sources()] or [data.embedded_name],
         "data_settings": dataclasses.asdict(data),
-        "content": _content(backbone, data, training) | (_start(backbone) if recipe == "dpo" else {}),
+        "content": _content(backbone, data, training) | _start(recipe, backbone, training),
         "world_size": training.world_size,
         **_deciding_settings(training),
     }
@@ -124,13 +130,17 @@ def _content(backbone: BackboneArguments, data: Any, training: RecipeConfig) -> 
     """What lies behind the names of data, chat template and tokenizer; what can't be known is left out."""
     contents = {source.label: content_of(source) for source in data.sources()}
     if not contents:
-        contents["standard library"] = f"Python {platform.python_version()}"
+        contents[data.embedded_name] = f"Python {platform.python_version()}"
     heldout = data.heldout_source()
     if heldout is not None:
         contents[f"held out: {heldout.label}"] = content_of(heldout)
     for template in (getattr(data, "chat_template", None), getattr(training, "chat_template_path", None)):
         if template is not None and Path(template).is_file():
             contents[f"chat template: {template}"] = fingerprint_of_files([template])
+    for name in getattr(data, "reward_functions", ()):
+        file = file_of(name)
+        if file is not None and file.is_file():
+            contents[f"reward function: {name}"] = fingerprint_of_files([file])
     folder = backbone.model_name_or_path
     if folder is not None and Path(folder).expanduser().is_dir():
         files = {path for name in _TOKENIZER_FILES for path in Path(folder).expanduser().glob(name)}
@@ -138,13 +148,19 @@ def _content(backbone: BackboneArguments, data: Any, training: RecipeConfig) -> 
     return {name: content for name, content in contents.items() if content is not None}
 
 
-def _start(backbone: BackboneArguments) -> dict[str, str]:
+def _start(recipe: str, backbone: BackboneArguments, training: RecipeConfig) -> dict[str, str]:
     """What a run is compared with all the time, and not only where it begins."""
-    adapter = backbone.adapter_name_or_path
-    if adapter is None or not Path(adapter).expanduser().is_dir():
-        return {}
-    weights = sorted(Path(adapter).expanduser().glob("adapter_model*"))
-    return {f"adapter: {adapter}": fingerprint_of_files(weights)}
+    has_reference = recipe == "dpo" or (recipe == "grpo" and bool(training.beta))
+    references = {
+        "adapter": backbone.adapter_name_or_path if has_reference else None,
+        "teacher": getattr(training, "teacher_model_name_or_path", None),
+    }
+    found = {}
+    for what, adapter in references.items():
+        if adapter is not None and Path(adapter).expanduser().is_dir():
+            weights = sorted(Path(adapter).expanduser().glob("adapter_model*"))
+            found[f"{what}: {adapter}"] = fingerprint_of_files(weights)
+    return found
 
 
 def _deciding_settings(training: RecipeConfig) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict
@@ -21,16 +22,15 @@ from ..data import (
 )
 from .arguments import BackboneArguments, check_heldout_rows
 from .checks import prepare_training
+from .stream_config import StreamDistillationConfig
 from .unused_options import SFT, refuse_unused_options
-
-
-_EMBEDDED = "standard library"
 
 
 @dataclass
 class RowArguments:
     """Where rows for conversations are, and how they are shown to a model."""
 
+    embedded_name: ClassVar[str] = "standard library"  # of the rows without a name
     dataset_name: str | None = field(
         default=None,
         metadata={
@@ -106,7 +106,7 @@ def prepare_instruction_training(training: SFTConfig, backbone: BackboneArgument
 def load_instructions(
     data: InstructionArguments,
     tokenizer: PreTrainedTokenizerBase,
-    training: SFTConfig,
+    training: SFTConfig | StreamDistillationConfig,
     end_token_ids: Collection[int] = (),
 ) -> tuple[Dataset, Dataset | None, TokenReport]:
     """Training and held-out rows as token ids and labels, and what was read, trained, cut and dropped.
@@ -128,12 +128,14 @@ def load_instructions(
         data.train_on,
         data.prompt_field,
         data.completion_field,
-        keeps_end=training.truncation_mode == "keep_end",
+        keeps_end=getattr(training, "truncation_mode", None) == "keep_end",  # trainers that sample answers know none
         end_token_ids=frozenset({tokenizer.eos_token_id, *end_token_ids}),
     )
     with PartialState().local_main_process_first():  # the others find its rows in the cache
         train, train_name, heldout, heldout_name = open_rows(data, stdlib_docstring_pairs)
-        rows, report = prepare_instructions(train, tokenizer, settings, train_name, training.dataset_num_proc)
+        rows, report = prepare_instructions(
+            train, tokenizer, settings, train_name, getattr(training, "dataset_num_proc", None)
+        )
         if training.shuffle_dataset:
             rows = rows.shuffle(seed=training.seed)
         if heldout is None:
@@ -146,7 +148,7 @@ def open_rows(data: RowArguments, embedded: Callable[[], DatasetDict]) -> tuple[
     """Training and held-out rows with their names, from what `data` names or from what `embedded` gives."""
     if not data.sources():
         pairs = embedded()
-        return pairs["train"], _EMBEDDED, pairs["heldout"], _EMBEDDED
+        return pairs["train"], data.embedded_name, pairs["heldout"], data.embedded_name
     (source,) = data.sources()
     heldout = data.heldout_source()
     return (

@@ -10,6 +10,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from .arguments import BackboneArguments
 from .embedded import embedded_backbone
+from .embedded_teacher import embedded_teacher
 from .failures import command_to_resume, ending_in_one_sentence
 from .parsing import RecipeParser
 from .run_folder import RunFolder
@@ -75,3 +76,8 @@ def backbone_path(backbone: BackboneArguments) -> str:
     if path.startswith(("/", "./", "../", "~")) and not Path(path).expanduser().is_dir():
         raise ValueError(f"`model_name_or_path` is {path}, where no folder is.")
     return path
+
+
+def teacher_path(teacher: str | None, backbone: BackboneArguments) -> str:
+    """Name or folder of the adapter that teaches; that of the embedded backbone is trained on first use."""
+    return str(embedded_teacher(backbone.embedded_dir)) if teacher is None else teacher

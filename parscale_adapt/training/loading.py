@@ -23,6 +23,9 @@ from .arguments import BackboneArguments
 from .saving import whole_state
 
 
+TEACHER = "teacher"
+
+
 def trainable_model(
     path: str, backbone: BackboneArguments, streams: ParScaleArguments
 ) -> tuple[str | PeftModel, ParScaleConfig | None]:
@@ -56,9 +59,22 @@ def model_in_streams(
     if backbone.adapter_name_or_path is not None:
         return _trained_adapter(path, backbone, streams, task)
     config = ParScaleConfig(task_type=task.value, **dataclasses.asdict(streams))
-    # Under ZeRO-3 all trained tensors have the backbone's type, as in TRL, which says why.
-    keeps_type = is_deepspeed_zero3_enabled() and not backbone.load_in_4bit
-    return get_peft_model(_load_backbone(path, backbone, task), config, autocast_adapter_dtype=not keeps_type)
+    return get_peft_model(
+        _load_backbone(path, backbone, task), config, autocast_adapter_dtype=not _keeps_type(backbone)
+    )
+
+
+def add_teacher(model: PeftModel, teacher: str, backbone: BackboneArguments) -> str:
+    """Put the adapter of a teacher beside that of a model from [`model_in_streams`], frozen and on the same backbone.
+
+    Returns:
+        Its name in the model.
+
+    Raises:
+        ValueError: it was trained on another backbone.
+    """
+    model.load_adapter(teacher, TEACHER, is_trainable=False, autocast_adapter_dtype=not _keeps_type(backbone))
+    return TEACHER
 
 
 def reference_model(
@@ -74,6 +90,11 @@ def reference_model(
         return None
     before = model_in_streams(path, backbone, streams, seed)
     return before.requires_grad_(False).eval().get_base_model()
+
+
+def _keeps_type(backbone: BackboneArguments) -> bool:
+    """Under ZeRO-3 all trained tensors have the backbone's type, as in TRL, which says why."""
+    return is_deepspeed_zero3_enabled() and not backbone.load_in_4bit
 
 
 def _load_backbone(path: str, backbone: BackboneArguments, task: TaskType) -> PreTrainedModel:

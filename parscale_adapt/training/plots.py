@@ -6,15 +6,22 @@ from typing import Any
 from matplotlib.figure import Figure
 
 
-def plot_loss(log_history: list[dict[str, Any]], path: Path, loss_label: str = "loss (nats per token)") -> None:
-    """Training loss, of which `loss_label` tells kind and unit, and the streams' mean weights where there are several, against tokens; a PNG."""
-    points = [entry for entry in log_history if "loss" in entry]
+def plot_curve(log_history: list[dict[str, Any]], path: Path, key: str, label: str) -> None:
+    """A figure of the training log, and the streams' mean weights where there are several, against tokens; a PNG.
+
+    Args:
+        log_history: what a trainer logged.
+        path: the file to write.
+        key: the figure's name in the log.
+        label: what it is, and its unit.
+    """
+    points = [entry for entry in log_history if key in entry and "loss" in entry]
     tokens = [entry["num_tokens"] / 1e6 for entry in points]
     weights = sorted({key for entry in points for key in entry if key.startswith("stream_weight/")})
     figure = Figure(figsize=(7, 6 if weights else 3.5), layout="constrained")
     axes = figure.subplots(2 if weights else 1, 1, sharex=True, squeeze=False)
-    axes[0, 0].plot(tokens, [entry["loss"] for entry in points], color="#0072B2")
-    axes[0, 0].set_ylabel(f"training {loss_label}")
+    axes[0, 0].plot(tokens, [entry[key] for entry in points], color="#0072B2")
+    axes[0, 0].set_ylabel(label)
     axes[-1, 0].set_prop_cycle(color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"])
     for key in weights:
         number = key.rpartition("/")[2]

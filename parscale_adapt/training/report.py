@@ -66,11 +66,13 @@ def finish_run(
 
 
 def _describe_run(trainer: StreamTraining, metrics: dict[str, Any], folder: Path) -> None:
-    from .plots import plot_loss  # matplotlib is needed here alone
+    from .plots import plot_curve  # matplotlib is needed here alone
 
     write_text(folder / METRICS_FILE, json.dumps(metrics, indent=2, default=str))
+    label = trainer.curve_label or f"training {trainer.loss_label}"
     write_atomically(
-        folder / "loss_curve.png", lambda path: plot_loss(metrics["log_history"], path, trainer.loss_label)
+        folder / f"{trainer.curve}_curve.png",
+        lambda path: plot_curve(metrics["log_history"], path, trainer.curve, label),
     )
     write_card(metrics, folder.name, folder / "README.md", trainer.loader, trainer.pipeline_tag)
 
@@ -99,6 +101,7 @@ def _metrics(
         "num_adapter_params": num_adapter_params,
         "num_trained_params": sum(math.prod(full_shape(p)) for p in model.parameters() if p.requires_grad),
         "loss": trainer.loss_label,
+        "curve": trainer.curve,
         "heldout_loss": heldout_loss,
         "heldout": trainer.heldout_metrics,
         "near_identity_start": None if start is None else start._asdict(),
@@ -161,7 +164,7 @@ Parallel streams (ParScale, [arXiv 2505.10475](https://arxiv.org/abs/2505.10475)
 |---|---|
 {table}
 
-![loss curve](loss_curve.png)
+![{metrics["curve"]} curve]({metrics["curve"]}_curve.png)
 
 ```python
 import parscale_adapt  # registers the method with PEFT
@@ -194,6 +197,6 @@ def _card_rows(metrics: dict[str, Any]) -> list[tuple[str, Any]]:
         ("adapter parameters", f"{metrics['num_adapter_params']:,}"),
         ("data", ", ".join(run["data"])),
         ("tokens seen", f"{metrics['num_tokens']:,}"),
-        ("held-out loss", heldout),
+        *([] if loss is None and metrics["heldout"] else [("held-out loss", heldout)]),
         *((f"held-out {key}", f"{value:.4g}") for key, value in metrics["heldout"].items()),
     ]

@@ -43,6 +43,11 @@ class ResumingTrainer(Trainer):
         """Whether a checkpoint's optimizer, loss scale and random numbers are left unread."""
         return getattr(self.args, "restart_optimizer", False)
 
+    @property
+    def own_states(self) -> list["ExpectedState"]:
+        """Files of a checkpoint, besides transformers' own, without which training does not go on as it would have."""
+        return []
+
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> TrainOutput:
         """Train as the trainer does; a checkpoint that this run can't go on from is refused before it is read.
 
@@ -63,7 +68,7 @@ class ResumingTrainer(Trainer):
             check_resumable(self.model.peft_config[self.adapter_name], resume_from_checkpoint)
             check_step(resume_from_checkpoint)
             if not self.restarts_optimizer:
-                check_states(resume_from_checkpoint, expected_states(self))
+                check_states(resume_from_checkpoint, [*expected_states(self), *self.own_states])
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
     def _prepare_restart(self, checkpoint: str | bool | None) -> None:

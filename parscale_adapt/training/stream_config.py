@@ -1,9 +1,9 @@
 """TRL's training arguments with what streams add."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
-from trl import DPOConfig, RewardConfig, SFTConfig
+from trl import DistillationConfig, DPOConfig, GRPOConfig, RewardConfig, SFTConfig
 
 from .learning_rates import ADVISED_RATES, BACKBONE, check_rate, given_rates
 
@@ -92,5 +92,71 @@ class StreamRewardConfig(StreamOptions, RewardConfig):
     """[`trl.RewardConfig`] with what [`StreamTraining`] adds; arguments of `reward.py`."""
 
 
-RecipeConfig = SFTConfig | DPOConfig | RewardConfig
+@dataclass
+class StreamGRPOConfig(StreamOptions, GRPOConfig):
+    """[`trl.GRPOConfig`] with what [`StreamTraining`] adds; arguments of `grpo.py`.
+
+    Raises:
+        ValueError: vLLM is to sample answers, too few answers are asked for, or as TRL's.
+    """
+
+    def __post_init__(self):
+        refuse_vllm(self)
+        if self.num_generations is None or self.num_generations < 2:  # TRL divides by it before it looks
+            raise ValueError(
+                f"`num_generations` must be at least 2 answers to each question, which are compared, got {self.num_generations!r}."
+            )
+        super().__post_init__()
+
+
+@dataclass
+class StreamDistillationConfig(StreamOptions, DistillationConfig):
+    """[`trl.DistillationConfig`] with what [`StreamTraining`] adds; arguments of `distill.py`.
+
+    Raises:
+        ValueError: vLLM is to sample answers, or a setting is out of range.
+    """
+
+    teacher_model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "The ParScale adapter that teaches, trained on the same frozen backbone. Without one, on the embedded "
+            "backbone, four streams are trained once on its docstrings and kept in --embedded_dir."
+        },
+    )
+    train_on_data: bool = field(
+        default=False,
+        metadata={
+            "help": "Compare teacher and student on the answers of the data, and not on answers that the student samples."
+        },
+    )
+    max_length: int = field(
+        default=1024,
+        metadata={"help": "Tokens of a question with its answer in the data; longer rows lose their end."},
+    )
+
+    def __post_init__(self):
+        refuse_vllm(self)
+        super().__post_init__()
+
+
+def refuse_vllm(training: GRPOConfig | DistillationConfig) -> None:
+    """Refuse what would fail once an engine is up, what only such an engine reads, and answers without a token.
+
+    Raises:
+        ValueError: vLLM is to sample answers, an option of it was given, or answers have no room.
+    """
+    if training.use_vllm:
+        raise ValueError(
+            "`use_vllm` can't sample answers in streams, since TRL would merge the adapter into the backbone for it: leave it "
+            "out, or use `--use_transformers_continuous_batching true` in grpo.py."
+        )
+    for option in fields(training):
+        if option.name.startswith("vllm_") and getattr(training, option.name) != option.default:
+            raise ValueError(f"`{option.name}` has no effect, since vLLM samples no answers in streams: leave it out.")
+    if training.max_completion_length is None or training.max_completion_length < 1:
+        raise ValueError(f"`max_completion_length` must be at least 1 token, got {training.max_completion_length!r}.")
+
+
+RecipeConfig = SFTConfig | DPOConfig | RewardConfig | GRPOConfig | DistillationConfig
 """The arguments of TRL's trainers that recipes share."""

@@ -45,6 +45,8 @@ class StreamTraining(ResumingTrainer):
 
     Attributes:
         loss_label: what is minimized and its unit, for pictures and cards.
+        curve: the log's figure that is drawn.
+        curve_label: what it is and its unit.
         loader: PEFT's class that loads what was trained.
         pipeline_tag: the hub's name of what it is for.
         heldout_metrics: what [`heldout_loss`] found beside the loss.
@@ -54,6 +56,8 @@ class StreamTraining(ResumingTrainer):
     """
 
     loss_label: ClassVar[str] = "loss (nats per token)"
+    curve: ClassVar[str] = "loss"
+    curve_label: ClassVar[str | None] = None  # None: that of the loss
     loader: ClassVar[str] = "AutoPeftModelForCausalLM"
     pipeline_tag: ClassVar[str] = "text-generation"
 
@@ -155,7 +159,9 @@ class StreamTraining(ResumingTrainer):
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """Evaluate as TRL does; the random numbers of training go on as if it had not happened."""
-        with torch.random.fork_rng(devices=[]):  # data loaders draw a seed on the CPU, also where nothing is shuffled
+        # Data loaders draw a seed on the CPU, also where nothing is shuffled; answers are sampled on the GPU.
+        gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices=gpus):
             return super().evaluate(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -182,7 +188,7 @@ class StreamTraining(ResumingTrainer):
             verified_save(unwrapped, folder, self.adapter_name, writes, barrier),
             self._keeping_all_checkpoints(),
         ):
-            self._save_unfolded(unwrapped, folder)
+            self._save_own_states(folder)
             super()._save_checkpoint(model, trial)
         if writes and self.args.save_total_limit:
             drop_old_checkpoints(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
@@ -195,8 +201,11 @@ class StreamTraining(ResumingTrainer):
         finally:
             self.args.save_total_limit = limit
 
-    def _save_unfolded(self, model: nn.Module, folder: Path) -> None:
-        """Keep reparameterized prefixes, which the adapter file has folded, as they are trained."""
+    def _save_own_states(self, folder: Path) -> None:
+        """Keep what transformers does not; every rank must call it. Here reparameterized prefixes as they are trained,
+        which the adapter file has folded.
+        """
+        model = self.accelerator.unwrap_model(self.model)
         if not has_unfolded_prefixes(model):
             return
         state = whole_state(model, self.adapter_name, keep=self.args.should_save)
@@ -244,8 +253,11 @@ class StreamTraining(ResumingTrainer):
                 "which keeps all of them in float32 and computes in bfloat16, or `--dtype float32`."
             )
 
-    def heldout_loss(self) -> float:
-        """Mean loss over the evaluation rows, which each trainer measures in its own way; every rank must call it."""
+    def heldout_loss(self) -> float | None:
+        """Mean loss over the evaluation rows, which each trainer measures in its own way; every rank must call it.
+
+        None where no loss tells how good a model is, but what `heldout_metrics` then has.
+        """
         raise NotImplementedError
 
 

@@ -34,7 +34,7 @@ def load_backbone_tokenizer(path: str, backbone: BackboneArguments, training: Re
     settings = TokenizerSettings(
         backbone.model_revision,
         getattr(training, "eos_token", None),  # DPO knows none
-        training.pad_token,
+        getattr(training, "pad_token", None),  # nor does GRPO
         getattr(training, "chat_template_path", None),
         training.trust_remote_code,
     )

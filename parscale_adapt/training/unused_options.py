@@ -8,8 +8,8 @@ from transformers.trainer_utils import HubStrategy
 from .stream_config import RecipeConfig
 
 
-CPT, SFT, DPO, REWARD = "cpt.py", "sft.py", "dpo.py", "reward.py"
-ALL = (CPT, SFT, DPO, REWARD)
+CPT, SFT, DPO, REWARD, GRPO, DISTILL = "cpt.py", "sft.py", "dpo.py", "reward.py", "grpo.py", "distill.py"
+ALL = (CPT, SFT, DPO, REWARD, GRPO, DISTILL)
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ _LOADING = "say how to load the backbone with --dtype, --attn_implementation and
 _PACKED = "rows are packed already, each document apart, so leave it out"
 _PUSHED = "the final folder is pushed once, when it is complete, so leave it out"
 _MASK = "choose what is trained with --train_on"
+_SAMPLING = (GRPO, DISTILL)
+_REFERENCE_OPTIONS = ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps")
 UNUSED_OPTIONS = (
     UnusedOption("model_init_kwargs", _LOADING),
     UnusedOption("dataset_kwargs", "the recipes prepare their rows themselves, so leave it out", (CPT, SFT)),
@@ -65,8 +67,23 @@ UNUSED_OPTIONS = (
     UnusedOption("truncation_mode", "pairs of more than `max_length` tokens are left out, so leave it out", (DPO,)),
     UnusedOption("padding_free", "TRL pads pairs anyway, so leave it out", (DPO,)),
     *(
-        UnusedOption(name, "the reference stays the model as it was before, so leave it out", (DPO,))
-        for name in ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps")
+        UnusedOption(name, "the reference stays the model as it was before, so leave it out", (DPO, GRPO))
+        for name in _REFERENCE_OPTIONS
+    ),
+    UnusedOption("max_tool_calling_iterations", "answers call no tools, so leave it out", _SAMPLING),
+    UnusedOption("log_multimodal", "questions are text, so leave it out", (GRPO,)),
+    UnusedOption(
+        "transformers_continuous_batching_config",
+        "batch so with --use_transformers_continuous_batching true, or leave it out",
+        (GRPO,),
+        unless="use_transformers_continuous_batching",
+    ),
+    UnusedOption("remove_unused_columns", "reward functions get all columns, so leave it out", (GRPO,)),
+    UnusedOption("remove_unused_columns", "rows are token ids already, so leave it out", (DISTILL,)),
+    UnusedOption("chat_template_kwargs", "rows may have a column `chat_template_kwargs`, so leave it out", (DISTILL,)),
+    UnusedOption("teacher_model_revision", "the teacher is an adapter in a folder, so leave it out", (DISTILL,)),
+    UnusedOption(
+        "teacher_model_init_kwargs", "the teacher runs on the student's backbone, so leave it out", (DISTILL,)
     ),
 )
 

@@ -23,7 +23,7 @@ from parscale_adapt.analysis import diagnostics_plots, plots
 from parscale_adapt.analysis.diagnostics import LayerSimilarity, ReducedMixture, StreamDiagnostics
 from parscale_adapt.analysis.fit import fit_law
 from parscale_adapt.analysis.runs import read_runs
-from parscale_adapt.training.plots import plot_loss
+from parscale_adapt.training.plots import plot_curve
 
 half = [[1.0, 0.5], [0.5, 1.0]]
 removal = [ReducedMixture([0, 1], None, 2.0), ReducedMixture([1], 0, 2.1)]
@@ -34,7 +34,7 @@ found = StreamDiagnostics(
 folder = Path(sys.argv[1])
 plots.save(plots.plot_fit(fit_law(read_runs("pile", None), num_bootstrap=0), "pile"), folder / "law.png")
 plots.save(diagnostics_plots.plot_diagnostics(found, "tiny"), folder / "streams.png")
-plot_loss([{"loss": 3.0, "num_tokens": 10, "stream_weight/0": 0.4}], folder / "loss.png")
+plot_curve([{"loss": 3.0, "num_tokens": 10, "stream_weight/0": 0.4}], folder / "loss.png", "loss", "loss")
 print("pyplot", "matplotlib.pyplot" in sys.modules)
 print("backend", matplotlib.get_backend())
 print("settings", dict(matplotlib.rcParams) == before)

@@ -27,14 +27,21 @@ from accelerate.utils import DeepSpeedPlugin, DistributedType, is_deepspeed_avai
 from torch.distributed.tensor import DTensor
 
 from parscale_adapt import training
-from parscale_adapt.training import StreamDPOTrainer, StreamRewardTrainer, StreamTrainer, failures
+from parscale_adapt.training import (
+    StreamDistillationTrainer,
+    StreamDPOTrainer,
+    StreamGRPOTrainer,
+    StreamRewardTrainer,
+    StreamTrainer,
+    failures,
+)
 from parscale_adapt.training.stream_training import StreamTraining
 from support.injected_faults import inject
 from support.recipe_runs import PROBE
 
 
 RANK = int(os.environ.get("RANK", 0))
-TRAINERS = (StreamTrainer, StreamDPOTrainer, StreamRewardTrainer)
+TRAINERS = (StreamTrainer, StreamDPOTrainer, StreamRewardTrainer, StreamGRPOTrainer, StreamDistillationTrainer)
 
 
 def execute(run: dict) -> int:
@@ -115,7 +122,7 @@ def _record_batches(
         if num_batches == kill_at_batch:
             os.kill(os.getpid(), signal.SIGKILL)
         num_batches += 1
-        input_ids, labels = inputs["input_ids"], inputs.get("labels", torch.zeros(0))
+        input_ids, labels = _ids_of(inputs), inputs.get("labels", torch.zeros(0))
         kinds = _parameter_kinds(model)
         result = compute_loss(self, model, inputs, *args, **kwargs)
         loss = result[0] if isinstance(result, tuple) else result
@@ -133,6 +140,13 @@ def _record_batches(
         return result
 
     trainer.compute_loss = recording
+
+
+def _ids_of(inputs: dict) -> torch.Tensor:
+    """What is trained on; trainers that sample answers keep questions and answers apart."""
+    if "input_ids" in inputs:
+        return inputs["input_ids"]
+    return torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
 
 
 def _spoil_gradient(trainer: type[StreamTraining], batch: int) -> None:

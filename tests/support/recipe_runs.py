@@ -26,6 +26,7 @@ from parscale_adapt.data import load_stdlib_corpus, train_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
 RECORDER = REPOSITORY / "tests" / "support" / "recipe_recorder.py"
+REWARDS = REPOSITORY / "tests" / "support" / "rewards.py"
 SECONDS_PER_RUN = 120
 SECONDS_PER_LAUNCH = 400
 PORTS_PER_LAUNCH = 64  # each of its runs has one of its own
@@ -167,6 +168,13 @@ class Material:
         pairs = [(f"Continue: {' '.join(parts[:4])}", " ".join(parts[4:9])) for parts in words]
         self.questions = self._write("questions", [{"prompt": one, "completion": two} for one, two in pairs])
         self.conversations = self._write("conversations", [{"messages": _conversation(*pair)} for pair in pairs])
+        self.prompts = self._write("prompts", [{"prompt": one, "answer": two} for one, two in pairs[:16]])
+        self.heldout_prompts = self._write(
+            "heldout_prompts", [{"prompt": one, "answer": two} for one, two in pairs[16:]]
+        )
+        self.heldout_questions = self._write(
+            "heldout_questions", [{"prompt": one, "completion": two} for one, two in pairs[16:]]
+        )
         rows = [{"prompt": one, "chosen": two, "rejected": " ".join(two.split()[::-1])} for one, two in pairs]
         rows = [row for row in rows if row["chosen"] != row["rejected"]]
         self.pairs, self.heldout_pairs = self._write("pairs", rows[:16]), self._write("heldout_pairs", rows[16:])
@@ -215,6 +223,35 @@ class Material:
     def pair_options(self, **changes: Any) -> dict[str, Any]:
         """A short run of `dpo.py` or `reward.py` in float32; the global batch is 4 pairs."""
         data = {"dataset_name": self.pairs, "heldout_dataset": self.heldout_pairs, "max_length": 256}
+        return self.options(**{**data, **changes})
+
+    def prompt_options(self, **changes: Any) -> dict[str, Any]:
+        """A short run of `grpo.py` in float32; 4 answers to each of 2 questions are sampled at a time."""
+        data = {
+            "dataset_name": self.prompts,
+            "heldout_dataset": self.heldout_prompts,
+            "reward_functions": f"{REWARDS}:share_of_lower_case",
+            "prompt_format": "text",
+            "max_length": None,
+            "max_completion_length": 8,
+            "num_generations": 4,
+            "per_device_train_batch_size": 8,
+            "learning_rate": 1e-2,
+        }
+        return self.options(**{**data, **changes})
+
+    def distillation_options(self, teacher: Path, **changes: Any) -> dict[str, Any]:
+        """A short run of `distill.py` in float32 on the data's answers; the global batch is 4 rows."""
+        data = {
+            "dataset_name": self.questions,
+            "heldout_dataset": self.heldout_questions,
+            "teacher_model_name_or_path": teacher,
+            "train_on_data": True,
+            "max_completion_length": 8,
+            "max_length": 256,
+            "beta": 0.0,
+            "learning_rate": 1e-2,
+        }
         return self.options(**{**data, **changes})
 
     def options(self, **changes: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from parscale_adapt.training import BackboneArguments, DataArguments, StreamConfig, run_identity
+from parscale_adapt.training import BackboneArguments, DataArguments, StreamConfig, StreamGRPOConfig, run_identity
 from parscale_adapt.training.identity import MAY_DIFFER
 from parscale_adapt.training.run_folder import RunFolder
 from parscale_adapt.tuner.config import ParScaleArguments
@@ -65,8 +65,9 @@ def test_how_many_streams_run_at_a_time_may_change_between_a_run_and_its_resume(
 
 
 def test_what_may_differ_is_listed_and_all_else_is_compared(tmp_path):
+    configs = (StreamConfig, StreamGRPOConfig)
+    assert {field.name for config in configs for field in dataclasses.fields(config)} >= MAY_DIFFER
     fields = {field.name for field in dataclasses.fields(StreamConfig)}
-    assert fields >= MAY_DIFFER
     assert identity(tmp_path).keys() >= fields - MAY_DIFFER
     assert not identity(tmp_path).keys() & MAY_DIFFER
     assert "hub_token" not in identity(tmp_path, hub_token="secret")

@@ -248,7 +248,7 @@ def test_a_model_that_can_not_be_saved_leaves_the_last_checkpoint(tmp_path, caps
     "part",
     [
         "parscale_adapt.training.trainer.StreamTrainer.heldout_loss",
-        "parscale_adapt.training.plots.plot_loss",
+        "parscale_adapt.training.plots.plot_curve",
         "parscale_adapt.training.report.write_card",
     ],
 )

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from parscale_adapt.training.plots import plot_loss
+from parscale_adapt.training.plots import plot_curve
 from parscale_adapt.training.report import environment, write_card
 
 
@@ -16,6 +16,7 @@ METRICS = {
     },
     "run": {"backbone": "Qwen/Qwen2.5-3B", "data": ["a.jsonl", "b.jsonl"], "seed": 0},
     "loss": "loss (nats per token)",
+    "curve": "loss",
     "heldout": {},
     "num_adapter_params": 12345,
     "num_tokens": 67890,
@@ -60,7 +61,7 @@ def test_the_card_names_prefix_tokens_where_there_are_some(tmp_path):
 def test_the_curve_is_drawn_with_and_without_streams(tmp_path, num_streams):
     weights = {f"stream_weight/{stream}": 1 / num_streams for stream in range(num_streams)}
     log = [{"loss": 3.0 - step, "num_tokens": 100 * step, **weights} for step in range(3)] + [{"train_runtime": 1}]
-    plot_loss(log, tmp_path / "curve.png")
+    plot_curve(log, tmp_path / "curve.png", "loss", "training loss (nats per token)")
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 

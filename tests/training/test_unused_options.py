@@ -4,9 +4,18 @@ import dataclasses
 import pathlib
 
 import pytest
-from trl import DPOConfig, RewardConfig, SFTConfig
+from trl import DistillationConfig, DPOConfig, GRPOConfig, RewardConfig, SFTConfig
 
-from parscale_adapt.training.unused_options import CPT, DPO, REWARD, SFT, UNUSED_OPTIONS, refuse_unused_options
+from parscale_adapt.training.unused_options import (
+    CPT,
+    DISTILL,
+    DPO,
+    GRPO,
+    REWARD,
+    SFT,
+    UNUSED_OPTIONS,
+    refuse_unused_options,
+)
 
 
 DOCUMENT = pathlib.Path(__file__).parents[2] / "docs" / "data.md"
@@ -23,8 +32,19 @@ VALUES = {
     "hub_strategy": "checkpoint",
     "ref_model_mixup_alpha": 0.1,
     "ref_model_sync_steps": 3,
+    "log_multimodal": False,
+    "transformers_continuous_batching_config": {"page_size": 32},
+    "chat_template_kwargs": {"enable_thinking": False},
+    "teacher_model_init_kwargs": {"dtype": "float32"},
 }
-CONFIGS = {CPT: SFTConfig, SFT: SFTConfig, DPO: DPOConfig, REWARD: RewardConfig}
+CONFIGS = {
+    CPT: SFTConfig,
+    SFT: SFTConfig,
+    DPO: DPOConfig,
+    REWARD: RewardConfig,
+    GRPO: GRPOConfig,
+    DISTILL: DistillationConfig,
+}
 
 
 def arguments(folder, recipe=SFT, **options):
@@ -46,6 +66,11 @@ def test_the_defaults_and_what_has_an_effect_are_taken(tmp_path):
     packed = {"packing": True, "eval_packing": False, "dataset_num_proc": 2, "pad_to_multiple_of": 8}
     refuse_unused_options(arguments(tmp_path, **packed), SFT)
     refuse_unused_options(arguments(tmp_path, packing=True, padding_free=True, eval_packing=True), SFT)
+    batched = {
+        "transformers_continuous_batching_config": {"page_size": 32},
+        "use_transformers_continuous_batching": True,
+    }
+    refuse_unused_options(arguments(tmp_path, GRPO, **batched), GRPO)
 
 
 EFFECTIVE = {
@@ -59,6 +84,24 @@ EFFECTIVE = {
     "pad_token",
     "router_aux_loss_coef",
     "trust_remote_code",
+}
+_SAMPLING = {
+    "beta",
+    "cache_implementation",
+    "disable_dropout",
+    "ds3_gather_for_generation",
+    "generation_kwargs",
+    "log_completions",
+    "log_unique_prompts",
+    "max_completion_length",
+    "min_p",
+    "num_completions_to_print",
+    "repetition_penalty",
+    "shuffle_dataset",
+    "temperature",
+    "top_k",
+    "top_p",
+    "use_vllm",  # refused, with its own options, by the configuration
 }
 IN_ONE = {
     SFT: set(),
@@ -76,6 +119,43 @@ IN_ONE = {
         "use_weighting",
     },
     REWARD: {"center_rewards_coefficient", "disable_dropout"},
+    GRPO: _SAMPLING
+    | {
+        "cast_lm_head_to_fp32",
+        "chat_template_kwargs",
+        "delta",
+        "entropy_coef",
+        "entropy_coef_delta",
+        "entropy_coef_max",
+        "entropy_coef_min",
+        "entropy_target",
+        "epsilon",
+        "epsilon_high",
+        "generation_batch_size",
+        "importance_sampling_level",
+        "log_completions_hub_repo",
+        "mask_truncated_completions",
+        "multi_objective_aggregation",
+        "num_generations",
+        "num_generations_eval",
+        "num_iterations",
+        "off_policy_mask_threshold",
+        "reward_weights",
+        "sapo_temperature_neg",
+        "sapo_temperature_pos",
+        "scale_rewards",
+        "steps_per_generation",
+        "top_entropy_quantile",
+        "use_adaptive_entropy",
+        "use_bias_correction_kl",
+        "use_transformers_continuous_batching",
+        "use_transformers_paged",
+        "vespo_k_neg",
+        "vespo_k_pos",
+        "vespo_lambda_neg",
+        "vespo_lambda_pos",
+    },
+    DISTILL: _SAMPLING | {"teacher_model_name_or_path"},
 }
 
 
@@ -84,6 +164,7 @@ def test_every_option_of_trl_about_data_was_decided(recipe):
     """A new one has to be put into the table, or among those that have an effect."""
     refused = {option.name for option in UNUSED_OPTIONS if recipe == SFT or recipe in option.recipes}
     own = set(CONFIGS[recipe].__annotations__) - {"learning_rate", "_VALID_DICT_FIELDS"}
+    own = {name for name in own if not name.startswith("vllm_")}
     assert own - EFFECTIVE - IN_ONE[recipe] <= refused
     refused_here = {option.name for option in UNUSED_OPTIONS if recipe in option.recipes}
     assert {field.name for field in dataclasses.fields(CONFIGS[recipe])} >= refused_here
