@@ -144,6 +144,18 @@ def test_the_number_of_examples_is_that_of_the_settings(scored, tmp_path):
     )
 
 
+def test_a_chat_is_asked_for_as_lm_eval_does(scored, tmp_path):
+    changes = {"tasks": ["local_sums"], "adapters": [], "apply_chat_template": True}
+    evaluation = evaluate(EvaluationSettings(**scored.settings(tmp_path / "out", **changes)))
+    expected = lm_evals_own(scored.plain(), scored, ["local_sums"], apply_chat_template=True)
+    samples = expected["samples"]["local_sums"]
+    assert all("<|im_start|>user" in sample["arguments"][0][0] for sample in samples)
+    answers = [sample["resps"][0][0] for sample in samples]
+    assert [item["answer"] for item in items_of(tmp_path / "out", "backbone", "local_sums")] == answers
+    value = expected["results"]["local_sums"]["letters,none"]
+    assert values_of(evaluation)["local_sums", "letters,none", "backbone"] == pytest.approx(value)
+
+
 def test_beams_answer_as_generate_does_with_one_prompt_at_a_time(scored, tmp_path):
     """Several prompts, each with several beams, some of which end before others."""
     settings = scored.settings(tmp_path / "out", adapters=[f"P2={scored.root / 'two'}"], beams=[2, 4], batch_size=4)
