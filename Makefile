@@ -5,7 +5,7 @@ BASE := .venv/installed-base
 INSTALLED := .venv/installed
 VLLM_INSTALLED := .venv-vllm/installed
 
-.PHONY: demo test test-fast test-gpu test-lowest test-newest test-vllm lint bench bench-gpu compatibility faults clean
+.PHONY: demo test test-fast test-gpu test-page test-lowest test-newest test-vllm lint bench bench-gpu compatibility faults clean
 
 demo: $(BASE)
 	$(BIN)/python scripts/demo.py
@@ -21,6 +21,13 @@ test-fast: $(INSTALLED)
 test-gpu: $(INSTALLED)
 	PARSCALE_TEST_GPU=1 CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} $(BIN)/python -m pytest -m gpu
 
+# The page of `parscale page` in a real browser, about 3 minutes of CPU time; Debian's Chromium is installed where it lacks.
+test-page: $(INSTALLED)
+	@command -v chromium > /dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null \
+		&& apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; } \
+		|| { echo 'The tests of the page need Chromium: install it as root with "apt-get install chromium".'; exit 1; }
+	PARSCALE_TEST_PAGE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser
+
 # The core on the lowest supported transformers, PEFT and TRL, in an environment of its own.
 test-lowest:
 	$(PYTHON) -m venv .venv-lowest
@@ -34,7 +41,7 @@ test-lowest:
 # PEFT and TRL are newer than pyproject.toml allows, which is the point.
 test-newest:
 	$(PYTHON) -m venv .venv-newest
-	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[deepspeed,quantization,serving,evaluation,evidence,dev]'
+	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[deepspeed,quantization,serving,page,evaluation,evidence,dev]'
 	.venv-newest/bin/python -m pip install --quiet --upgrade transformers peft trl
 	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n 2 --dist loadgroup
 
@@ -85,7 +92,7 @@ $(BASE): pyproject.toml constraints.txt
 	touch $@
 
 $(INSTALLED): $(BASE)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[deepspeed,quantization,serving,evaluation,evidence,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[deepspeed,quantization,serving,page,evaluation,evidence,dev]'
 	touch $@
 
 clean:

@@ -22,6 +22,7 @@ from .commands.foreign_messages import drop_foreign_messages
 from .commands.import_checkpoint import import_checkpoint
 from .commands.inspect import inspect
 from .commands.inspect_data import inspect_data
+from .commands.page import page
 from .commands.predict import predict
 from .commands.serve import serve
 from .commands.verify import verify
@@ -41,6 +42,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "inspect-data": inspect_data,
     "chat": chat,
     "serve": serve,
+    "page": page,
 }
 # Commands that hand options which they don't know over to another program.
 HANDING_OVER = {"serve"}

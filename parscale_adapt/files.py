@@ -95,6 +95,23 @@ def lock_until_the_end(path: Path) -> None:
     os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())
 
 
+def is_locked(path: Path) -> bool:
+    """Whether a process of this machine that lives has written into a file of [`lock_until_the_end`].
+
+    The lock itself is left alone: to try it would be to hold it, and a run that starts just then would be refused.
+    """
+    try:
+        _, process, _, node = path.read_text(encoding="utf-8").split(maxsplit=3)
+        if node != platform.node():
+            return False
+        os.kill(int(process), 0)
+    except PermissionError:  # of another user, and alive
+        return True
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def _beside(path: Path) -> Path:
     """On the same file system, so that it can be moved into place; this process's own."""
     return path.absolute().with_name(f".{path.name}.incomplete-{os.getpid()}")

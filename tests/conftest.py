@@ -30,6 +30,8 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_runtest_setup(item):
+    if item.get_closest_marker("browser") and os.environ.get("PARSCALE_TEST_PAGE") != "1":
+        pytest.skip("`make test-page` runs them in a browser")
     if item.get_closest_marker("gpu"):
         if os.environ.get("PARSCALE_TEST_GPU") != "1":
             pytest.skip("GPUs are hidden, `make test-gpu` shows them")

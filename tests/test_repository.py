@@ -34,6 +34,10 @@ FOLDERS = (
     ("checkpoints", "commands"),
     ("analysis", "commands"),
     ("serving", "commands"),
+    ("training", "page"),
+    ("analysis", "page"),
+    ("serving", "page"),
+    ("page", "commands"),
     ("evaluation", "commands"),
 )
 LEAVES = ("deferred", "files", "version")  # may be imported from everywhere, and import nothing of the package

@@ -142,6 +142,10 @@ class CostModel:
             aggregator_seconds=aggregator / shape.mlp_weights * self._mlp_seconds(*generated),
         )
 
+    def fits(self, cost: Cost) -> bool:
+        """Whether the device has the memory."""
+        return cost.memory_gib * GIB <= self.device.memory * 1e9
+
     def _weight_bytes(self) -> float:
         shape = self.shape
         layer = shape.attention_weights + shape.mlp_weights + shape.vector_weights

@@ -96,15 +96,34 @@ class StreamedModel:
 
         At most `max_logits` logits exist at a time (but those of one token always do).
         """
+        flat_targets = targets.repeat(states.shape[0])
+
+        def read(logits: torch.Tensor, places: slice) -> torch.Tensor:
+            chosen = flat_targets[places, None].to(logits.device)
+            return (logits.gather(-1, chosen)[:, 0] - logits.logsumexp(-1)).cpu().double()
+
+        return torch.cat(self._in_chunks(states, max_logits, read)).view(states.shape[:2])
+
+    def most_likely(self, states: torch.Tensor, max_logits: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The most likely token under every state: `[S, N, H]` to tokens `[S, N]` and their log-probabilities, double, on
+        the CPU; `max_logits` as in [`log_probs`].
+        """
+
+        def read(logits: torch.Tensor, places: slice) -> tuple[torch.Tensor, torch.Tensor]:
+            best = logits.max(-1)
+            return best.indices.cpu(), (best.values - logits.logsumexp(-1)).cpu().double()
+
+        tokens, log_probs = zip(*self._in_chunks(states, max_logits, read))
+        return torch.cat(tokens).view(states.shape[:2]), torch.cat(log_probs).view(states.shape[:2])
+
+    def _in_chunks(
+        self, states: torch.Tensor, max_logits: int, read: Callable[[torch.Tensor, slice], Any]
+    ) -> list[Any]:
+        """What `read` gives for the logits `[C, V]` of a few states after the other, and where among all they are."""
         flat = states.flatten(0, 1)
-        flat_targets = targets.to(flat.device).repeat(states.shape[0])
         num_tokens = max(1, max_logits // self.model.config.get_text_config().vocab_size)
-        chunks = []
-        for start in range(0, flat.shape[0], num_tokens):
-            logits = self._logits(flat[start : start + num_tokens]).float()
-            chosen = flat_targets[start : start + num_tokens, None].to(logits.device)
-            chunks.append((logits.gather(-1, chosen)[:, 0] - logits.logsumexp(-1)).cpu().double())
-        return torch.cat(chunks).view(states.shape[:2])
+        places = [slice(start, start + num_tokens) for start in range(0, flat.shape[0], num_tokens)]
+        return [read(self._logits(flat[place]).float(), place) for place in places]
 
     def _logits(self, states: torch.Tensor) -> torch.Tensor:
         """`[C, H]` final hidden states to `[C, V]` logits, through everything that the model does after its decoder.
@@ -116,13 +135,16 @@ class StreamedModel:
             return self.model(input_ids=token, use_cache=False).logits[0]
 
 
-def find_streams(model: PeftModel) -> StreamedModel:
-    """The decoder and the active aggregator of a model.
+def find_streams(model: PeftModel | PreTrainedModel) -> StreamedModel:
+    """The decoder and the active aggregator of a model, or those of a checkpoint that owns its streams.
 
     Raises:
-        TypeError: `model` is not a PEFT model.
+        TypeError: `model` is neither.
         ValueError: its active adapter is not a ParScale adapter, has one stream, or is disabled.
     """
+    owned = None if isinstance(model, PeftModel) else _owned_streams(model)
+    if owned is not None:
+        return owned
     if not isinstance(model, PeftModel):
         raise TypeError(f"`model` must be a PeftModel with a ParScale adapter, got {type(model).__name__}.")
     config = model.active_peft_config
@@ -137,6 +159,15 @@ def find_streams(model: PeftModel) -> StreamedModel:
     if streams.current_adapter is None:
         raise ValueError("the adapter is disabled: call `diagnose` outside `disable_adapter()`.")
     return StreamedModel(base, decoder, streams.parscale_aggregator[streams.current_adapter])
+
+
+def _owned_streams(model: object) -> StreamedModel | None:
+    """Those of a checkpoint, whose classes may come from the code in its own folder."""
+    for decoder in model.modules() if isinstance(model, PreTrainedModel) else ():
+        aggregator = getattr(getattr(decoder, STREAMS_ATTRIBUTE, None), "aggregator", None)
+        if aggregator is not None:
+            return StreamedModel(model, decoder, aggregator)
+    return None
 
 
 def find_layers(decoder: nn.Module) -> dict[str, nn.Module]:

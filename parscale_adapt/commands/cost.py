@@ -6,14 +6,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..analysis.sizes import size_text
 from ..files import write_atomically
-from .law_source import LawOption, load_law, use_one_blas_thread
-from .output import check_writable, print_table, size_text, write_json
+from .law_source import LawOption, use_one_blas_thread
+from .output import check_writable, print_table, write_json
 
 
 if TYPE_CHECKING:
     from ..analysis.comparison import Comparison
-    from ..analysis.cost import Cost, CostModel
+    from ..analysis.cost import CostModel
     from ..analysis.scaling_law import ScalingLaw
 
 
@@ -48,14 +49,16 @@ def cost(
     if measured is not None and plot is None:
         raise typer.BadParameter("--measured lays points over a picture: give --plot too")
     cost_model = _cost_model(model, device, dtype, num_prefix_tokens)
-    fitted = load_law(law)
     from ..analysis.comparison import compare
     from ..analysis.cost import Workload
+    from ..analysis.law_source import load_law
+    from ..analysis.reports import comparison_as_dict
 
+    fitted = load_law(law)
     workload = Workload(batch_size, input_len, output_len)
     comparison = compare(cost_model, fitted, [workload], num_streams)
     _print_comparison(cost_model, comparison, workload_text=f"batch {batch_size}, {input_len} + {output_len} tokens")
-    write_json(json_file, _comparison_as_dict(cost_model, comparison, asdict(workload), dtype))
+    write_json(json_file, {"dtype": dtype, **comparison_as_dict(cost_model, comparison, workload)})
     _write_plots(cost_model, fitted, num_streams, plot, plot_loss, measured)
 
 
@@ -70,15 +73,9 @@ def _cost_model(model: str, device: str, dtype: str, num_prefix_tokens: int) -> 
     return CostModel(load_shape(model), found, PRECISIONS[dtype], num_prefix_tokens)
 
 
-def _named_costs(model: "CostModel", comparison: "Comparison") -> dict[str, "Cost"]:
-    return {
-        f"{model.shape.name}, P = 1": comparison.backbone,
-        f"{model.shape.name}, P = {comparison.num_streams}": comparison.parallel,
-        f"{size_text(comparison.larger_params)}, P = 1": comparison.larger,
-    }
-
-
 def _print_comparison(model: "CostModel", comparison: "Comparison", workload_text: str) -> None:
+    from ..analysis.reports import named_costs
+
     rows = [
         [
             name,
@@ -87,7 +84,7 @@ def _print_comparison(model: "CostModel", comparison: "Comparison", workload_tex
             *(f"{getattr(cost, part):.3f}" for part in _LATENCY_PARTS),
             f"{cost.latency_seconds:.3f}",
         ]
-        for name, cost in _named_costs(model, comparison).items()
+        for name, cost in named_costs(model, comparison).items()
     ]
     headers = [
         "weights",
@@ -112,44 +109,13 @@ def _print_comparison(model: "CostModel", comparison: "Comparison", workload_tex
         f"The larger model adds {comparison.memory_ratio:.1f}x the memory and {comparison.latency_ratio:.1f}x the "
         f"latency that {comparison.num_streams} streams add."
     )
-    for name, cost in _named_costs(model, comparison).items():
-        if cost.memory_gib * 2**30 > model.device.memory * 1e9:
+    for name, cost in named_costs(model, comparison).items():
+        if not model.fits(cost):
             print(f"{name} does not fit in the {model.device.memory:g} GB of {model.device.name}.")
 
 
 _MEMORY_PARTS = ("weight_bytes", "kv_cache_bytes", "prefix_bytes", "aggregator_bytes", "activation_bytes")
 _LATENCY_PARTS = ("prefill_seconds", "decode_seconds", "aggregator_seconds")
-
-
-def _comparison_as_dict(
-    model: "CostModel", comparison: "Comparison", workload: dict[str, object], dtype: str
-) -> dict[str, object]:
-    params = (model.shape.num_params, model.shape.num_params, comparison.larger_params)
-    return {
-        "model": model.shape.name,
-        "device": model.device.name,
-        "dtype": dtype,
-        "num_prefix_tokens": model.num_prefix_tokens,
-        "loss": comparison.loss,
-        "equal_loss": comparison.equal_loss,
-        "larger_params": comparison.larger_params,
-        "memory_ratio": comparison.memory_ratio,
-        "latency_ratio": comparison.latency_ratio,
-        "rows": [
-            {
-                "name": name,
-                "backbone_params": num_params,
-                "num_streams": num_streams,
-                **workload,
-                "memory_gib": cost.memory_gib,
-                "latency_seconds": cost.latency_seconds,
-                **asdict(cost),
-            }
-            for (name, cost), num_streams, num_params in zip(
-                _named_costs(model, comparison).items(), (1, comparison.num_streams, 1), params
-            )
-        ],
-    }
 
 
 def _write_plots(

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from .output import check_writable, hide_progress_bars, size_text, write_json
+from ..analysis.sizes import size_text
+from .output import check_writable, hide_progress_bars, write_json
 
 
 def export(

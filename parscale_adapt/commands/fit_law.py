@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..analysis.sizes import size_text
 from ..files import write_atomically
 from .law_source import use_one_blas_thread
-from .output import check_writable, print_table, size_text, write_json
+from .output import check_writable, print_table, write_json
 
 
 if TYPE_CHECKING:

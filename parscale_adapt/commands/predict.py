@@ -2,16 +2,13 @@
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from .law_source import LawOption, load_law, use_one_blas_thread
-from .output import check_writable, print_table, size_text, write_json
-
-
-if TYPE_CHECKING:
-    from ..analysis.scaling_law import ScalingLaw
+from ..analysis.sizes import size_text
+from .law_source import LawOption, use_one_blas_thread
+from .output import check_writable, print_table, write_json
 
 
 def predict(
@@ -35,10 +32,13 @@ def predict(
     use_one_blas_thread()
     if (num_params is None) == (model is None):
         raise typer.BadParameter("give either --num-params or --model")
+    from ..analysis.law_source import load_law
+    from ..analysis.reports import prediction
+
     fitted = load_law(law)
     streams = sorted(set(num_streams or [1, 2, 4, 8]))
     sizes = _sizes(num_params, model, streams)
-    rows = [_prediction(fitted, size, count) for size, count in zip(sizes, streams)]
+    rows = [prediction(fitted, size, count) for size, count in zip(sizes, streams)]
     values: dict[str, object] = {"law": fitted.as_dict(), "rows": rows}
     print_table(
         f"Predictions of the law fitted to {law} ({fitted.form} form)",
@@ -70,13 +70,3 @@ def _sizes(num_params: float | None, model: str | None, streams: list[int]) -> l
 
     shape = load_shape(model)
     return [shape.params_with_streams(count) for count in streams]
-
-
-def _prediction(law: "ScalingLaw", num_params: float, num_streams: int) -> dict[str, float]:
-    return {
-        "num_streams": num_streams,
-        "num_params": num_params,
-        "loss": float(law.loss(num_params, num_streams)),
-        "equivalent_params": float(law.equivalent_params(num_params, num_streams)),
-        "gain": float(law.gain(num_streams)),
-    }

@@ -8,6 +8,8 @@ import torch
 from peft import PeftModel
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from .generation import Messages, context_length, lay_out, token_choice
+
 
 @dataclass(frozen=True)
 class Voice:
@@ -40,12 +42,10 @@ class Conversation:
         self.model = model
         self.tokenizer = tokenizer
         self.voices = voices
-        self.messages: list[dict[str, str]] = []
+        self.messages: Messages = []
         self._cache: Cache | None = None
-        self._choices: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
-        # Of a model's own settings for sampling, those that greedy decoding has no use for are taken back.
-        unused = {"temperature": None, "top_p": None, "top_k": None}
-        self._choices |= {"temperature": temperature} if temperature > 0 else unused
+        self._max_new_tokens = max_new_tokens
+        self._temperature = temperature
         self.use(voices[0])
 
     def use(self, voice: Voice) -> None:
@@ -103,28 +103,21 @@ class Conversation:
         """Take a question, print the answer as it comes, and return it.
 
         Raises:
-            ValueError: the conversation with its answer is longer than the model can read; the question is dropped.
+            ValueError: the conversation with its answer is longer than the model can read, or its chat template refuses it;
+                the question is dropped.
         """
-        self.messages.append({"role": "user", "content": text})
-        inputs = self._laid_out().to(self.model.device)
-        num_tokens, num_new = inputs["input_ids"].shape[1], self._choices["max_new_tokens"]
-        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        messages = [*self.messages, {"role": "user", "content": text}]
+        inputs = lay_out(self.tokenizer, messages).to(self.model.device)
+        num_tokens, num_new = inputs["input_ids"].shape[1], self._max_new_tokens
+        longest = context_length(self.model)
         if longest is not None and num_tokens + num_new > longest:
-            self.messages.pop()
             raise ValueError(
                 f"The conversation has {num_tokens} tokens, and with an answer of up to {num_new} it is longer than the "
                 f"{longest} that the model can read: /reset it, or start with a smaller --max-new-tokens."
             )
         answer = self._generate(inputs)
-        self.messages.append({"role": "assistant", "content": answer})
+        self.messages = [*messages, {"role": "assistant", "content": answer}]
         return answer
-
-    def _laid_out(self) -> Any:
-        if self.tokenizer.chat_template is None:
-            return self.tokenizer(plain_text(self.messages), return_tensors="pt")
-        return self.tokenizer.apply_chat_template(
-            self.messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-        )
 
     def _generate(self, inputs: Any) -> str:
         streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -132,7 +125,8 @@ class Conversation:
         with self._speaking(), torch.no_grad():
             output = self.model.generate(
                 **inputs,
-                **self._choices,
+                **token_choice(self.model, self._temperature, [int(torch.randint(2**31, ()))]),
+                max_new_tokens=self._max_new_tokens,
                 past_key_values=self._cache_for(prompt),
                 streamer=streamer,
                 return_dict_in_generate=True,
@@ -154,8 +148,3 @@ class Conversation:
     def _forget_cache(self) -> None:
         self._cache = None
         self._cached_tokens = torch.empty(0, dtype=torch.long)
-
-
-def plain_text(messages: list[dict[str, str]]) -> str:
-    """The conversation as one text: each answer goes on from its question, each further question starts a line."""
-    return "".join("\n" * (index > 0 and index % 2 == 0) + turn["content"] for index, turn in enumerate(messages))

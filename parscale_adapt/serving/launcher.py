@@ -38,7 +38,7 @@ def serve(source: str, host: str, port: int, options: Sequence[str] = ()) -> Non
     kind = _find_export(source, f"transformers serve {source}")
     if not is_serve_available():
         raise ValueError("`transformers serve` needs more packages: install them with `pip install '.[serving]'`.")
-    _check_address(host, port)
+    check_address(host, port)
     model_class = register_classes(kind)
     # Importing models replaces the module `transformers`, so the class goes into the one that the server has at hand.
     from transformers.cli.serving import model_manager
@@ -68,7 +68,7 @@ def serve_by_vllm(source: str, host: str, port: int, options: Sequence[str] = ()
             "make an environment for both, `python3 -m venv vllm-env && vllm-env/bin/pip install 'vllm>=0.32,<0.33' "
             f"./vllm_plugin` in the repository of parscale_adapt, and start `vllm-env/bin/vllm serve {source}`."
         )
-    _check_address(host, port)
+    check_address(host, port)
     address = ["--host", host, "--port", str(port)]
     os.execv(sys.executable, [sys.executable, "-m", _VLLM_SERVER, "--model", source, *address, *options])
 
@@ -91,8 +91,12 @@ def _find_export(source: str, command_without_streams: str) -> Kind:
     return kind
 
 
-def _check_address(host: str, port: int) -> None:
-    """Refuse what the server could not bind, before it has loaded the model."""
+def check_address(host: str, port: int) -> None:
+    """Refuse what a server could not bind, before it has loaded the model.
+
+    Raises:
+        ValueError: the port is taken, or the address is none of this machine.
+    """
     try:
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         problems = [error for family, *_, address in addresses if (error := _binding_error(family, address))]

@@ -9,10 +9,12 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoints.folders import Kind, find_kind, find_tokenizer
+from ..checkpoints.headers import ADAPTER_WEIGHTS, TensorHeaders
 from ..checkpoints.sources import Source, find_source, load_source
 from ..checkpoints.whole import check_backbone_folder, check_model_files
 from .conversation import Voice
 from .exports import register_classes
+from .memory import check_memory
 
 
 PLAIN = "backbone"
@@ -26,6 +28,24 @@ class Speaker:
     kind: Kind
     adapters: dict[str, Source]
     tokenizer_folder: Path
+
+    @property
+    def name(self) -> str:
+        """Of the backbone, or of what has streams of its own."""
+        return self.backbone_folder.resolve().name
+
+    @property
+    def backbone_folder(self) -> Path:
+        """The folder with the configuration of the model."""
+        folders = (source.backbone or source.adapter for source in self.adapters.values())
+        return next(folders, self.kind.folder)
+
+    def weight_files(self) -> list[Path]:
+        """Files with the weights that are to be loaded; an adapter that brings its backbone counts in its place."""
+        headers = [TensorHeaders(source.adapter, ADAPTER_WEIGHTS) for source in self.adapters.values()]
+        if not any(source.config.train_backbone for source in self.adapters.values()):
+            headers.append(TensorHeaders(self.backbone_folder))
+        return sorted({path for header in headers for path in header.files.values()})
 
 
 def find_speaker(path: str, backbone: str | None = None, adapters: Sequence[str] = ()) -> Speaker:
@@ -75,8 +95,10 @@ def load_speaker(speaker: Speaker) -> tuple[PreTrainedModel | PeftModel, PreTrai
     """Model, tokenizer and voices, the first adapter first. The model is on the GPU if there is one.
 
     Raises:
-        ValueError: something does not fit.
+        ValueError: something does not fit, together or into memory.
     """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_memory(speaker.name, speaker.weight_files(), device)
     if speaker.kind.owns_streams:
         register_classes(speaker.kind)
     tokenizer = AutoTokenizer.from_pretrained(speaker.tokenizer_folder)
@@ -85,7 +107,7 @@ def load_speaker(speaker: Speaker) -> tuple[PreTrainedModel | PeftModel, PreTrai
     else:
         model = AutoModelForCausalLM.from_pretrained(speaker.kind.folder, dtype="auto", use_safetensors=True)
         voices = [Voice(speaker.kind.folder.resolve().name, speaker.kind.num_streams)]
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer, voices
+    return model.to(device).eval(), tokenizer, voices
 
 
 def _load_adapters(adapters: Mapping[str, Source]) -> tuple[PeftModel, list[Voice]]:

@@ -1,5 +1,6 @@
 """The aggregator's weights in the log of any transformers or TRL trainer, [`StreamTrainer`] included."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -80,7 +81,8 @@ class StreamStatisticsCallback(TrainerCallback):
         state.log_history[-1].update(statistics)
         if self._watch is not None and state.is_world_process_zero:
             weights_by_stream = [statistics[f"stream_weight/{p}"] for p in range(weights.shape[-1])]
-            self._watch.see(state.global_step, weights_by_stream)
+            for message in self._watch.see(state.global_step, weights_by_stream):
+                warnings.warn(message, stacklevel=2)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -31,6 +31,7 @@ from .learning_rates import (
 )
 from .resuming import UNFOLDED_FILE, ResumingTrainer, has_unfolded_prefixes
 from .run_folder import drop_old_checkpoints, verified_checkpoints
+from .run_log import RunLogCallback
 from .saving import naming_what_was_not_written, verified_save, whole_state
 from .stream_statistics import StreamStatisticsCallback, runs_in_streams
 from .termination import TerminationCallback
@@ -81,6 +82,7 @@ class StreamTraining(ResumingTrainer):
             StreamStatisticsCallback.add_to(self)
         if self._own_rates:
             LearningRatesCallback.add_to(self)
+        self.add_callback(RunLogCallback())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as TRL does, with the number of tokens as transformers counts them, where it does."""

@@ -1,6 +1,5 @@
-"""Warnings while a run goes on: the aggregator leans on one stream alone, or swings between them."""
+"""What is said while a run goes on: the aggregator leans on one stream alone, or swings between them."""
 
-import warnings
 from collections.abc import Sequence
 
 
@@ -16,46 +15,44 @@ _ADVICE = "lower the aggregator's learning rate (`--aggregator_learning_rate`)"
 
 
 class StreamWatch:
-    """Sees the mean weights of the streams in each log of a run, and warns once of each kind of trouble.
+    """Sees the mean weights of the streams in each log of a run, and tells once of each kind of trouble.
 
     Args:
-        num_streams: `P`.
+        num_streams: `P`, also an attribute.
         smoothing: `eps` of the aggregator, whose largest weight is `1 - eps + eps / P`.
     """
 
     def __init__(self, num_streams: int, smoothing: float):
+        self.num_streams = num_streams
         equal, most = 1 / num_streams, 1 - smoothing + smoothing / num_streams
         self._threshold = equal + COLLAPSE_SHARE * (most - equal)
         self._step = 0
         self._weights: tuple[float, ...] = ()
         self._leaning_on: int | None = None
         self._num_leaning = 0
-        self._warned: set[str] = set()
+        self._told: set[str] = set()
 
-    def see(self, step: int, weights: Sequence[float]) -> None:
-        """Take the mean weights `[P]` of a log into account, and warn where they say that something goes wrong."""
+    def see(self, step: int, weights: Sequence[float]) -> list[str]:
+        """Take the mean weights `[P]` of a log into account; returns what is to be said of them."""
+        troubles = {}
         if self._weights and max(abs(now - before) for now, before in zip(weights, self._weights)) > SWING:
-            self._warn(
-                "swing",
+            troubles["swing"] = (
                 f"The aggregator swings: the streams' mean weights went from {_listed(self._weights)} at step "
-                f"{self._step} to {_listed(weights)} at step {step}; {_ADVICE}.",
+                f"{self._step} to {_listed(weights)} at step {step}; {_ADVICE}."
             )
         largest = max(weights)
         leaning_on = weights.index(largest) if largest > self._threshold else None
         self._num_leaning = self._num_leaning + 1 if leaning_on == self._leaning_on else 1
         if leaning_on is not None and self._num_leaning >= COLLAPSE_LOGS:
-            self._warn(
-                "collapse",
+            troubles["collapse"] = (
                 f"The aggregator has collapsed on stream {leaning_on}: for {COLLAPSE_LOGS} logs, up to step {step} with "
                 f"mean weights {_listed(weights)}, it had more than {self._threshold:.2f}, so that the others are computed "
-                f"for little; {_ADVICE}, or raise `--aggregator_smoothing` in a new run.",
+                f"for little; {_ADVICE}, or raise `--aggregator_smoothing` in a new run."
             )
         self._step, self._weights, self._leaning_on = step, tuple(weights), leaning_on
-
-    def _warn(self, kind: str, message: str) -> None:
-        if kind not in self._warned:
-            self._warned.add(kind)
-            warnings.warn(message, stacklevel=3)
+        told = [message for kind, message in troubles.items() if kind not in self._told]
+        self._told.update(troubles)
+        return told
 
 
 def _listed(weights: Sequence[float]) -> str:

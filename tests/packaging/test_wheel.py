@@ -56,7 +56,8 @@ def environment(wheel, tmp_path_factory):
 
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     files = (path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-    assert {path.suffix for path in PACKAGE.rglob("*") if path.is_file()} <= {".py", ".pyc", ".csv", ".typed"}
+    kinds = {".py", ".pyc", ".csv", ".typed", ".html", ".css", ".js", ".svg"}
+    assert {path.suffix for path in PACKAGE.rglob("*") if path.is_file()} <= kinds
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         metadata = f"parscale_adapt-{__version__}.dist-info"
@@ -64,6 +65,9 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     packed = {name for name in names if not name.startswith(f"{metadata}/")}
     assert packed == {str(path.relative_to(ROOT)) for path in files}
     assert {"parscale_adapt/py.typed", "parscale_adapt/analysis/published_points.csv"} <= packed
+    assert {
+        f"parscale_adapt/page/static/{name}" for name in ("index.html", "page.css", "app.js", "icon.svg")
+    } <= packed
     assert f"{metadata}/licenses/LICENSE" in names
 
 

@@ -47,6 +47,7 @@ def test_what_a_run_leaves_behind(recipes, material):
     assert files >= {
         "adapter_config.json",
         "adapter_model.safetensors",
+        "log.jsonl",
         "loss_curve.png",
         "metrics.json",
         "README.md",

@@ -242,7 +242,7 @@ def test_a_taken_port_and_an_unknown_host_are_refused_before_the_model_loads(mat
         monkeypatch.setattr(socket, "getaddrinfo", with_an_address_of_elsewhere(port))
         check_refused(monkeypatch, capsys, message, material.export, "--host", "127.0.0.1", "--port", port)
     # A second address that this machine lacks is no reason to refuse.
-    assert launcher._check_address("127.0.0.1", port) is None
+    assert launcher.check_address("127.0.0.1", port) is None
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: [elsewhere(port)])
     message = f"can't listen on port {port} of 192.0.2.1 (Cannot assign requested address)"
     check_refused(monkeypatch, capsys, message, material.export, "--host", "192.0.2.1", "--port", port)

@@ -15,12 +15,8 @@ from parscale_adapt.training.stream_warnings import SWING, StreamWatch
 
 def warnings_of(weights, smoothing=0.1):
     """What is said of a run whose logs, every ten steps, have these mean weights."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        watch = StreamWatch(len(weights[0]), smoothing)
-        for index, each in enumerate(weights):
-            watch.see(10 * (index + 1), each)
-    return [str(warning.message) for warning in caught]
+    watch = StreamWatch(len(weights[0]), smoothing)
+    return [message for index, each in enumerate(weights) for message in watch.see(10 * (index + 1), each)]
 
 
 def test_the_swing_that_was_seen_is_warned_of_once():
