@@ -39,7 +39,7 @@ def described_runs(folder, material, teacher, engine):
     }
 
 
-@pytest.mark.parametrize("engine", ["fsdp2"])
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
 def test_answers_are_sampled_and_learned_from_under_an_engine(recipes, material, teacher, distilled, tmp_path, engine):
     if engine == "zero3":
         pytest.importorskip("deepspeed")
