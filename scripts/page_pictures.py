@@ -25,7 +25,7 @@ from parscale_adapt.page.demo import find_demo
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "docs" / "images"
 QUESTION = "    def __init__(self, name, value=None):"
-LONGEST = 110
+LONGEST = 72
 # What background work of Chromium would ask other hosts, and what a container lacks.
 CHROMIUM = [
     "--no-sandbox",
@@ -77,7 +77,9 @@ def take_all(page: Page) -> None:
     page.fill("#question", QUESTION)
     page.click("#compare")
     page.wait_for_selector(".answer dl")
-    take(page, "chat", 720)
+    page.set_viewport_size({"width": 1180, "height": 900})
+    page.evaluate("scrollTo(0, 0)")
+    take(page, "chat", 900)
     page.get_by_role("button", name="See the streams").last.click()
     page.locator(".token").nth(12).hover()
     take(page, "streams", 520)
