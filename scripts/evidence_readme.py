@@ -35,7 +35,7 @@ def section(results: Results, pairs: Sequence[tuple[str, str]], labels: Mapping[
         labels: experiments in words.
     """
     there = [pair for pair in pairs if all(results.of(name) for name in pair)]
-    names = ["backbone", "lora8", *dict.fromkeys(name for pair in there for name in reversed(pair))]
+    names = list(dict.fromkeys(("backbone", "lora8", *(name for pair in there for name in reversed(pair)))))
     base = results.mean("backbone")
     rows = []
     for name in names:
