@@ -46,8 +46,8 @@ class Results:
         return sorted((row for row in self.rows if row["name"] == name), key=lambda row: int(row["seed"]))
 
     def names(self) -> list[str]:
-        """Experiments in the order of the table."""
-        return list(dict.fromkeys(row["name"] for row in self.rows))
+        """Experiments, the lowest held-out loss first."""
+        return sorted({row["name"]: None for row in self.rows}, key=self.mean)
 
     def mean(self, name: str, column: str = "heldout_loss") -> float:
         """Mean of a column over the seeds."""

@@ -43,8 +43,10 @@ def loss_by_streams(results: Results) -> Figure:
         axes.set_xticks(counts, [str(count) for count in counts])
         axes.set_xlabel("P (streams, or the baseline of the same number of trained parameters)")
         axes.set_ylabel("held-out loss, nats per token")
+        if results.of("lora8"):
+            axes.axhline(results.mean("lora8"), color=COLOURS[0], linestyle="dashed", label="LoRA r=8")
         axes.set_title(f"SmolLM2-135M on unseen Python; the backbone alone has {results.mean('backbone'):.3f}")
-        axes.legend(frameon=False, fontsize=9)
+        figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=2)
     return figure
 
 
@@ -84,7 +86,8 @@ def loss_by_price(results: Results, labels: dict[str, str]) -> Figure:
         by_tokens.set_ylabel(f"loss of the first {CURVE_DOCUMENTS} held-out documents, nats per token")
         for axes in (by_tokens, by_arithmetic):
             axes.set_xscale("log")
-        by_tokens.legend(frameon=False, fontsize=9)
+        handles, names = by_tokens.get_legend_handles_labels()
+        figure.legend(handles, names, frameon=False, fontsize=9, loc="outside upper center", ncols=4)
     return figure
 
 

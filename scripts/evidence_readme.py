@@ -57,6 +57,8 @@ same order, {_seeds(seeds)}; the loss is that of 48 files of other packages:
 
 {table}
 
+![held-out loss by P, with baselines of the same size](docs/images/evidence_loss_by_streams.png)
+
 {found}
 
 In brackets are 95% intervals over documents. P streams train and decode at the arithmetic of P models, so a LoRA alone is
