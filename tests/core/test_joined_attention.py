@@ -51,8 +51,11 @@ def by_concatenation(query, key, value, prefix, bias, scaling):
 def test_it_gives_outputs_and_gradients_of_attention_over_concatenated_keys(num_queries, mask, scaling):
     given = [tensor.requires_grad_() for tensor in states(num_queries, 7)]
     attention_mask, bias = masks(num_queries, 7)[mask]
-    found = attend_over_prefix_and_cache(*given[:3], given[3:], attention_mask, scaling)
+    found, weights = attend_over_prefix_and_cache(*given[:3], given[3:], attention_mask, scaling)
     expected = by_concatenation(*given[:3], given[3:], bias, scaling or KEY_SIZE**-0.5)
+    assert weights.shape == (B, HEADS, num_queries, N + 7)
+    values = torch.cat([given[4], given[2]], 2).repeat_interleave(HEADS // KEY_VALUE_HEADS, 1)
+    torch.testing.assert_close((weights @ values).transpose(1, 2), expected)
     assert found.shape == (B, num_queries, HEADS, VALUE_SIZE)
     torch.testing.assert_close(found, expected)
     mixing = torch.randn_like(found)
@@ -64,7 +67,7 @@ def test_it_gives_outputs_and_gradients_of_attention_over_concatenated_keys(num_
 def test_half_precision_scores_are_masked_and_normalized_in_float32(mask):
     given = states(2, 300, torch.bfloat16)
     attention_mask, bias = masks(2, 300)[mask]
-    found = attend_over_prefix_and_cache(*given[:3], given[3:], attention_mask, None)
+    found, _ = attend_over_prefix_and_cache(*given[:3], given[3:], attention_mask, None)
     assert found.dtype == torch.bfloat16
     query, key, value, *prefix = (tensor.double() for tensor in given)
     expected = by_concatenation(query, key, value, prefix, bias.double(), KEY_SIZE**-0.5)
