@@ -50,7 +50,7 @@ BESIDE_LORA = [
     for pair in (
         (f"lora8+streams{count}", f"lora{RANK_OF_LORA_AND_STREAMS[count]}"),
         (f"lora8+streams{count}", "lora8"),
-        (f"lora8+streams{count}", f"lora8+prefix_tuning{count * 48}"),
+        *((f"lora8+streams{count}", f"lora8+prefix_tuning{other * 48}") for other in STREAMS if other <= count),
     )
 ]
 ALONE = [(f"streams{count}", f"lora{RANK_OF_STREAMS[count]}") for count in STREAMS]
