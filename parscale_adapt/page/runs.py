@@ -33,9 +33,15 @@ class RunReader:
         self.folder = folder
 
     def overview(self) -> dict[str, Any]:
-        """All runs, the one that was written to last first, with their last figures and what was held out."""
-        runs = sorted((self._summary(name) for name in self._names()), key=lambda run: -run["changed"])
-        return {"folder": str(self.folder), "is_there": self.folder.is_dir(), "runs": runs}
+        """The runs that were written to last, the newest first, with their last figures and what was held out; and how
+        many older ones there are."""
+        names = sorted(self._names(), key=lambda name: -_last_change(self.folder / name))
+        return {
+            "folder": str(self.folder),
+            "is_there": self.folder.is_dir(),
+            "runs": [self._summary(name) for name in names[:_MAX_RUNS]],
+            "num_older": len(names[_MAX_RUNS:]),
+        }
 
     def details(self, name: str) -> dict[str, Any]:
         """The curves of one run.
@@ -58,7 +64,7 @@ class RunReader:
             )
             if RUN_FILE in files or METRICS_FILE in files:
                 found.append(Path(path).relative_to(self.folder).as_posix())
-        return found[:_MAX_RUNS]
+        return found
 
     def _summary(self, name: str) -> dict[str, Any]:
         folder = self.folder / name

@@ -1,20 +1,23 @@
+import functools
 import itertools
 import math
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 
 import pytest
 import torch
 from support.tiny_models import random_tokens, tiny_model, with_streams
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.llama import modeling_llama
+from transformers.models.qwen3 import modeling_qwen3
 
 from parscale_adapt.core.layout import UniformLayout
 from parscale_adapt.core.prefix import StreamPrefix
 from parscale_adapt.hf.config_view import STREAMS
 from parscale_adapt.hf.decoder import restore_stock_functions, route_through_streams
 from parscale_adapt.hf.observer import AttentionObserver, observe_attention
-from parscale_adapt.hf.prefixed_attention import SUPPORTED_IMPLEMENTATIONS
+from parscale_adapt.hf.prefixed_attention import SUPPORTED_IMPLEMENTATIONS, is_common_eager
 from parscale_adapt.hf.stream_call import StreamCall
 
 
@@ -263,6 +266,16 @@ def test_an_eager_function_that_is_not_the_common_one_gets_rows(monkeypatch):
     monkeypatch.setattr(modeling_llama, "eager_attention_forward", stock)
     attend("eager", module, *random_states(1, past=3), torch.zeros(1, 1, 1, 4))
     assert seen == [(P * B, P * B)]
+
+
+def test_the_common_eager_function_is_told_by_its_instructions_and_those_of_what_it_calls():
+    common = modeling_llama.eager_attention_forward
+    assert is_common_eager(common)
+    assert is_common_eager(modeling_qwen3.eager_attention_forward)
+    assert not is_common_eager(modeling_gemma2.eager_attention_forward)
+    other = {**vars(modeling_llama), "repeat_kv": lambda states, groups: states.repeat(1, groups, 1, 1)}
+    assert not is_common_eager(FunctionType(common.__code__, other))
+    assert not is_common_eager(functools.partial(common))
 
 
 @pytest.mark.parametrize("length", [1, 5])

@@ -396,72 +396,50 @@ def test_a_prompt_beyond_the_context_is_one_sentence(tabs):
     assert page.input_value("#question") == "x" * 2000
 
 
-@pytest.mark.parametrize("what", ["model", "file"])
-def test_what_a_model_or_a_file_says_is_never_html(tabs, what):
-    page = tabs.open()
-    page.wait_for_selector("#ask:not([disabled])")
-    if what == "model":
-        answer = {
-            "tokens": [1],
-            "text": HTML,
-            "ended": "end",
-            "tokens_per_second": None,
-            "ms_per_token": None,
-            "cache_bytes": 1,
-        }
-        events = [
-            {"event": "tokens", "tokens": [1], "texts": [HTML]},
-            {"event": "end", "answers": [answer], "first_token_seconds": 1},
-        ]
-        page.route(
-            "**/api/answer", lambda route: route.fulfill(body="".join(json.dumps(event) + "\n" for event in events))
-        )
-        token = {
-            "text": HTML,
-            "token": HTML,
-            "weights": [0.5, 0.5],
-            "entropy": 0.69,
-            "tops": [HTML] * 3,
-            "top_probs": [1] * 3,
-            "token_probs": [1] * 3,
-        }
-        statistics = {f"stream_{name}/{p}": 0.5 for name in ("weight", "largest") for p in range(2)}
-        streams = {"num_streams": 2, "tokens": [token], "statistics": {**statistics, "stream_entropy": 0.69}}
-        page.route("**/api/streams", lambda route: route.fulfill(json=streams))
-        ask(page, HTML)
-        page.get_by_role("button", name="See the streams").click()
-        page.wait_for_selector(".token")
-        assert page.locator(".token").text_content() == HTML
-    else:
-        run = {
-            "name": HTML,
-            "label": HTML,
-            "state": HTML,
-            "num_streams": 2,
-            "step": 1,
-            "loss": 1,
-            "loss_label": HTML,
-            "heldout_loss": 1,
-            "heldout": {HTML: 1},
-            "num_tokens": 1,
-            "changed": 1,
-        }
-        page.route("**/api/runs", lambda route: route.fulfill(json={"folder": HTML, "is_there": True, "runs": [run]}))
-        curves = {
-            "training": [[1, 1]],
-            "heldout_curve": [],
-            "weights": [],
-            "entropy": [],
-            "speed": [],
-            "troubles": [HTML],
-        }
-        page.route("**/api/run?*", lambda route: route.fulfill(json={**run, **curves}))
-        page.click("#tab-runs")
-        page.wait_for_selector("#run-loss svg")
-        assert page.locator("#run-warning").text_content() == HTML
+def check_that_nothing_was_html(page):
     page.wait_for_timeout(200)
     assert page.title() == "parscale"
     assert page.locator("main img, main script").count() == 0
+
+
+def test_what_a_model_says_is_never_html(tabs):
+    page = tabs.open()
+    page.wait_for_selector("#ask:not([disabled])")
+    figures = {"ended": "end", "tokens_per_second": None, "ms_per_token": None, "cache_bytes": 1}
+    events = [
+        {"event": "tokens", "tokens": [1], "texts": [HTML]},
+        {"event": "end", "answers": [{"tokens": [1], "text": HTML, **figures}], "first_token_seconds": 1},
+    ]
+    lines = "".join(json.dumps(event) + "\n" for event in events)
+    page.route("**/api/answer", lambda route: route.fulfill(body=lines))
+    said = {"tops": [HTML] * 3, "top_probs": [1] * 3, "token_probs": [1] * 3}
+    token = {"text": HTML, "token": HTML, "weights": [0.5, 0.5], "entropy": 0.69, **said}
+    statistics = {f"stream_{name}/{p}": 0.5 for name in ("weight", "largest") for p in range(2)}
+    streams = {"num_streams": 2, "tokens": [token], "statistics": {**statistics, "stream_entropy": 0.69}}
+    page.route("**/api/streams", lambda route: route.fulfill(json=streams))
+    ask(page, HTML)
+    page.get_by_role("button", name="See the streams").click()
+    page.wait_for_selector(".token")
+    assert page.locator(".token").text_content() == HTML
+    check_that_nothing_was_html(page)
+
+
+def test_what_a_file_says_is_never_html(tabs):
+    page = tabs.open()
+    page.wait_for_selector("#ask:not([disabled])")
+    words = dict.fromkeys(("name", "label", "state", "loss_label"), HTML)
+    numbers = {"num_streams": 2, **dict.fromkeys(("step", "loss", "heldout_loss", "num_tokens", "changed"), 1)}
+    run = {**words, **numbers, "heldout": {HTML: 1}}
+    overview = {"folder": HTML, "is_there": True, "runs": [run], "num_older": 1}
+    page.route("**/api/runs", lambda route: route.fulfill(json=overview))
+    curves = {name: [] for name in ("heldout_curve", "weights", "entropy", "speed")}
+    details = {**run, **curves, "training": [[1, 1]], "troubles": [HTML]}
+    page.route("**/api/run?*", lambda route: route.fulfill(json=details))
+    page.click("#tab-runs")
+    page.wait_for_selector("#run-loss svg")
+    assert page.locator("#run-warning").text_content() == HTML
+    assert page.locator("#runs-older").text_content().startswith(f"1 older runs in {HTML} are not shown")
+    check_that_nothing_was_html(page)
 
 
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1200), ("dark", 1200), ("light", 390), ("dark", 390)])

@@ -147,8 +147,19 @@ def test_long_runs_are_thinned_to_their_last_point(tmp_path):
 
 def test_a_folder_that_is_not_there_has_no_runs_until_it_is(tmp_path):
     reader = RunReader(tmp_path / "later")
-    assert reader.overview() == {"folder": str(tmp_path / "later"), "is_there": False, "runs": []}
+    assert reader.overview() == {"folder": str(tmp_path / "later"), "is_there": False, "runs": [], "num_older": 0}
     write(tmp_path / "later", run={}, log=LOG)
     assert reader.overview()["runs"][0]["name"] == "."
     assert reader.overview()["runs"][0]["label"] == "later"
     assert reader.details(".")["training"]
+
+
+def test_of_too_many_runs_the_newest_are_shown_and_the_others_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr("parscale_adapt.page.runs._MAX_RUNS", 2)
+    for age, name in enumerate(("newest", "a", "b")):
+        for file in write(tmp_path / name, run={}).iterdir():
+            os.utime(file, (1000 - age, 1000 - age))
+    overview = RunReader(tmp_path).overview()
+    assert [run["name"] for run in overview["runs"]] == ["newest", "a"]
+    assert overview["num_older"] == 1
+    assert RunReader(tmp_path).details("b")["name"] == "b"

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
-from support.recipe_runs import REPOSITORY, refusal, reloaded_logits
+from support.recipe_runs import REPOSITORY, check_saved, refusal
 from transformers import AutoModelForCausalLM
 
 
@@ -19,10 +19,6 @@ def teacher(recipes, material):
     """Four streams that sft.py trained on the frozen backbone."""
     options = material.sft_options(num_streams=4, num_prefix_tokens=6, max_steps=8, learning_rate=3e-2)
     return recipes.run("sft", **options).check().output_dir
-
-
-def check_saved(result):
-    torch.testing.assert_close(reloaded_logits(result.output_dir), result.logits(), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("train_on_data", [False, True], ids=["own_answers", "data"])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from support.recipe_runs import REPOSITORY, REWARDS, refusal, reloaded_logits
+from support.recipe_runs import REPOSITORY, REWARDS, check_saved, refusal
 
 
 SAVES = {"save_strategy": "steps", "save_steps": 1}
@@ -15,19 +15,6 @@ FROM_ADAPTER = {"num_streams": None, "num_prefix_tokens": None}
 
 def log_of(result, key):
     return [entry[key] for entry in result.metrics["log_history"] if "loss" in entry and key in entry]
-
-
-def check_saved(result):
-    torch.testing.assert_close(reloaded_logits(result.output_dir), result.logits(), rtol=0, atol=1e-6)
-
-
-@pytest.fixture(scope="module")
-def tuned(recipes, material):
-    """Adapters that sft.py wrote, frozen and full, by `train_backbone`."""
-    return {
-        full: recipes.run("sft", **material.sft_options(train_backbone=full, max_steps=2)).check()
-        for full in (False, True)
-    }
 
 
 def test_rewards_rise_and_are_told(recipes, material):

@@ -9,27 +9,13 @@ import torch
 import yaml
 from peft import AutoPeftModelForSequenceClassification, PeftModel
 from support.quantized import load_in_4bit
-from support.recipe_runs import PROBE, REPOSITORY, probe_logits, refusal, reloaded_logits
+from support.recipe_runs import PROBE, REPOSITORY, check_saved, probe_logits, refusal
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 
 RECIPES = ("dpo", "reward")
 SAVES = {"save_strategy": "steps", "save_steps": 2}
 FROM_ADAPTER = {"num_streams": None, "num_prefix_tokens": None}
-
-
-def check_saved(result):
-    """The folder holds what was trained."""
-    torch.testing.assert_close(reloaded_logits(result.output_dir), result.logits(), rtol=0, atol=1e-6)
-
-
-@pytest.fixture(scope="module")
-def tuned(recipes, material):
-    """Adapters that sft.py wrote, frozen and full, by `train_backbone`."""
-    return {
-        full: recipes.run("sft", **material.sft_options(train_backbone=full, max_steps=2)).check()
-        for full in (False, True)
-    }
 
 
 @pytest.mark.parametrize("init_weights", ["normal", "tokens", "near_identity", "reparameterized"])
@@ -54,6 +40,14 @@ def test_dpo_begins_at_log_2_beside_a_shared_lora_that_is_trained(recipes, mater
     result = recipes.run("dpo", **material.pair_options(lora=json.dumps(lora), learning_rate=1e-2)).check()
     assert result.losses[0] == pytest.approx(math.log(2), abs=1e-4)
     assert abs(result.losses[-1] - math.log(2)) > 1e-4
+    check_saved(result)
+
+
+def test_a_reward_model_trains_a_shared_lora_and_its_whole_head(recipes, material):
+    lora = json.dumps({"r": 2, "target_modules": "all-linear"})
+    result = recipes.run("reward", **material.pair_options(lora=lora, learning_rate=1e-2)).check()
+    assert sum("lora_B" in name for name in result.tensors) == 2 * 7  # and none on the head
+    assert any(name.endswith("score.weight") for name in result.tensors)
     check_saved(result)
 
 

@@ -298,7 +298,7 @@ def test_the_law_lab_trains_what_its_table_lacks(scripts, tmp_path, monkeypatch,
     import law_lab
     from safetensors.torch import save_file
 
-    text = {"train": torch.arange(640, dtype=torch.int16) % 8}
+    text = {"train": torch.arange(960, dtype=torch.int16) % 8}
     text["heldout"] = (torch.arange(128, dtype=torch.int16) + 3) % 8
     save_file(text, tmp_path / "text.safetensors")
     for name, value in {
@@ -310,13 +310,17 @@ def test_the_law_lab_trains_what_its_table_lacks(scripts, tmp_path, monkeypatch,
         "ProcessPoolExecutor": Here,
     }.items():
         monkeypatch.setattr(law_lab, name, value)
-    read = []
-    train = law_lab._train
+    read, rates = [], []
+    train, optimizer = law_lab._train, torch.optim.AdamW
     monkeypatch.setattr(law_lab, "_train", lambda model, ids, device: read.append(ids) or train(model, ids, device))
+    monkeypatch.setattr(
+        torch.optim, "AdamW", lambda *args, **kwargs: rates.append(kwargs["lr"]) or optimizer(*args, **kwargs)
+    )
     command = ["law_lab.py", "--csv", str(tmp_path / "lab.csv"), "--text", str(tmp_path / "text.safetensors")]
     monkeypatch.setattr(sys, "argv", command)
     law_lab.main()
-    assert all(torch.equal(ids, text["train"]) for ids in read)
+    assert all(torch.equal(ids, text["train"][:640]) for ids in read)
+    assert rates == pytest.approx([0.02, 0.01, 0.02, 0.01])  # 0.32 over the widths
     first = (tmp_path / "lab.csv").read_text()
     rows = {(row["size"], row["num_streams"]): row for row in csv.DictReader(first.splitlines())}
     assert set(rows) == {("a", "1"), ("b", "1"), ("a", "2"), ("b", "2")}

@@ -84,6 +84,11 @@ def reloaded_logits(folder: Path) -> torch.Tensor:
     return probe_logits(AutoPeftModelForCausalLM.from_pretrained(folder))
 
 
+def check_saved(result: "Result") -> None:
+    """The folder holds what was trained."""
+    torch.testing.assert_close(reloaded_logits(result.output_dir), result.logits(), rtol=0, atol=1e-6)
+
+
 @dataclass
 class Result:
     """What a run left behind."""

@@ -22,8 +22,9 @@ export function openRuns() {
     timer = setTimeout(refresh, 1000 * SECONDS);
   }
 
-  function draw({ folder, is_there: isThere, runs }) {
+  function draw({ folder, is_there: isThere, runs, num_older: numOlder }) {
     show(find("#runs-empty"), runs.length ? "" : isThere ? `No run of a recipe in ${folder} yet. Start one, with an --output_dir below it, and it appears here.` : `There is no folder ${folder}: start the page with --runs FOLDER, or train there.`);
+    show(find("#runs-older"), numOlder ? `${numOlder} older runs in ${folder} are not shown: start the page with --runs on a folder of them.` : "");
     find("#runs-view").hidden = runs.length === 0;
     if (!runs.some((run) => run.name === chosen)) chosen = runs.length ? runs[0].name : null;
     const focused = document.activeElement?.dataset?.run;
