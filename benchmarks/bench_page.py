@@ -151,6 +151,7 @@ def training_picture(figures: dict) -> Figure:
     """Ratios of time and peak to the plain backbone against P, checkpointed, frozen and full."""
     with matplotlib.rc_context(GROUND):
         figure = Figure(figsize=(9, 4), layout="constrained")
+        figure.suptitle("layers checkpointed, the plain backbone on P * B rows = 1", fontsize=10)
         for axes, name, title in zip(
             figure.subplots(1, 2), ("time_ratio", "peak_ratio"), ("time of a step", "peak of a step")
         ):
@@ -164,7 +165,7 @@ def training_picture(figures: dict) -> Figure:
             counts = sorted({row["num_streams"] for row in rows})
             axes.set_xticks(counts, [str(count) for count in counts])
             axes.set_xlabel("P")
-            axes.set_title(f"{title}, plain backbone on P * B rows = 1")
+            axes.set_title(title)
         axes.legend(frameon=False, fontsize=8)
     return figure
 

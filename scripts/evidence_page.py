@@ -20,7 +20,15 @@ import evidence_pictures as pictures
 import evidence_prose as prose
 import evidence_readme as readme
 from evidence_figures import ENGLISH, Decoding, Results, training_arithmetic
-from evidence_plan import RANK_OF_LORA_AND_STREAMS, RANK_OF_STREAMS, STREAMS, SWEEP_STEPS, experiments
+from evidence_plan import (
+    DIVERSITY_WEIGHTS,
+    RANK_OF_LORA_AND_STREAMS,
+    RANK_OF_STREAMS,
+    STARTS,
+    STREAMS,
+    SWEEP_STEPS,
+    experiments,
+)
 from evidence_rows import read_rows
 from evidence_text import markdown_table
 from hybrid_states import COLUMNS as HYBRID_COLUMNS
@@ -42,7 +50,9 @@ PRICED = {
     "lora8+streams4": "LoRA r=8 + 4 streams",
     "lora8+streams8": "LoRA r=8 + 8 streams",
     "streams4": "4 streams",
-    "full1": "full training, P=1",
+    "full1": "all weights trained, P=1",
+    "full2": "all weights trained, P=2",
+    "full4": "all weights trained, P=4",
 }
 BESIDE_LORA = [
     pair
@@ -54,6 +64,15 @@ BESIDE_LORA = [
     )
 ]
 ALONE = [(f"streams{count}", f"lora{RANK_OF_STREAMS[count]}") for count in STREAMS]
+WHOLE = [*((f"full{count}", "full1") for count in STREAMS[:2]), ("full4", "lora8+streams4"), ("full1", "lora8")]
+VARIED = (
+    *(f"start_{start}" for start in STARTS),
+    "smoothing_0",
+    "smoothing_0.01",
+    "lora",
+    "prefix+lora",
+    *(f"diversity_{weight:g}" for weight in DIVERSITY_WEIGHTS),
+)
 
 
 def label(name: str) -> str:
@@ -65,7 +84,7 @@ def label(name: str) -> str:
         words[f"lora8+prefix_tuning{count * 48}"] = f"LoRA r=8 + prefix tuning, {count * 48} tokens, P=1"
         words[f"lora{RANK_OF_STREAMS[count]}"] = f"LoRA r={RANK_OF_STREAMS[count]}"
         words[f"lora{RANK_OF_LORA_AND_STREAMS[count]}"] = f"LoRA r={RANK_OF_LORA_AND_STREAMS[count]}"
-        words[f"full{count}"] = f"full training, P={count}"
+        words[f"full{count}"] = f"all weights trained, P={count}"
     for value in ("0", "0.01"):
         words[f"streams4_smoothing_{value}"] = f"4 streams, smoothing {value}"
     words |= {
@@ -206,6 +225,7 @@ def page_text(tables: Tables) -> str:
     parts = [prose.TITLE, prose.answer(results)]
     parts += _section(results, prose.BESIDE_LORA, BESIDE_LORA)
     parts += _section(results, prose.ALONE, ALONE + against_prefixes)
+    parts += _section(results, prose.WHOLE, WHOLE)
     if pictures.shown_streams(results):
         parts.append("![loss by P, with baselines of the same size](images/evidence_loss_by_streams.png)")
     priced = [name for name in PRICED if results.of(name) and results.of("lora8")]
@@ -214,6 +234,7 @@ def page_text(tables: Tables) -> str:
     if tables.decoding is not None:
         machine, command = tables.decoding.machine, tables.decoding.command
         parts += [prose.DECODING.format(command=command, machine=machine), decoding_table(tables.decoding)]
+    parts += _section(results, prose.VARIED, [(f"streams4_{varied}", "streams4") for varied in VARIED])
     parts += [prose.hints(results), prose.RATES.format(steps=SWEEP_STEPS), rates_table(results)]
     if tables.lab:
         parts.append(law.section(tables.lab, law.fits(tables.folder / "law_lab.csv")))

@@ -20,6 +20,7 @@ def answer(results: Results) -> str:
         (_against_same_size, ("streams4", "prefix_tuning192", "lora12")),
         (_on_top, [name for count, rank in ON_TOP.items() for name in (f"lora8+streams{count}", f"lora{rank}")]),
         (_mixing, ("lora8+streams4", "lora8+prefix_tuning96", "lora8+prefix_tuning192", "lora8")),
+        (_whole, ("full1", "full2", "full4")),
         (_price, ("lora8+streams4", "lora8_4x_tokens")),
         (_forgetting, ("streams4", "lora12", "lora8+streams4")),
     )
@@ -64,6 +65,14 @@ def _mixing(results: Results) -> str:
         f"Against the LoRA of rank 8 alone, four streams on it are {verdict(alone)}; against the best that one stream gives with "
         f"a prefix beside this LoRA ({best.removeprefix('lora8+prefix_tuning')} tokens), at a quarter of the arithmetic, they "
         f"are {verdict(split)}."
+    )
+
+
+def _whole(results: Results) -> str:
+    two, four = (verdict(results.difference(f"full{count}", "full1")) for count in (2, 4))
+    return (
+        "With all weights trained, the paper's way of continual pretraining, two streams are "
+        f"{two} than one on the same tokens and four are {four}."
     )
 
 
@@ -160,6 +169,19 @@ is what running them apart and mixing them gains.
 
 ALONE = """
 ## Streams alone, against LoRA and prefix tuning of the same size
+"""
+
+WHOLE = """
+## All weights trained
+
+The paper's continual pretraining. Its gains come with billions of tokens; the streams here start from tokens and train at
+the prefixes' rate, the backbone at its own.
+"""
+
+VARIED = """
+## One thing varied
+
+Each against four streams that start from tokens, with smoothing 0.1, and that differ by prefixes.
 """
 
 ALL_ROWS = """

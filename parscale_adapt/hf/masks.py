@@ -7,6 +7,7 @@ import torch
 from transformers import AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from ..core.joined_attention import can_join
 from ..core.layout import MixedLayout
 from .config_view import STREAMS
 from .prefixed_attention import SUPPORTED_IMPLEMENTATIONS
@@ -28,14 +29,27 @@ def _stream_mask(implementation: str) -> Callable:
                     "`adapter_names` can't mix adapters under flex_attention, whose block mask has no rows to select: "
                     'load the backbone with `attn_implementation="sdpa"`.'
                 )
+            if num_prefix_tokens > 0 and _is_decoding(**kwargs):
+                # No block of a few queries over a cache can be skipped, and a dense mask lets them join scores.
+                return _stock("sdpa", batch_size, attention_mask, config, **kwargs | {"allow_is_causal_skip": False})
             if num_prefix_tokens > 0:
                 kwargs |= _behind_prefix(num_prefix_tokens, attention_mask, **kwargs)
                 attention_mask = None
-        # Looked up at the call, as attention functions are, so that one that was registered later is found.
-        stock = ALL_MASK_ATTENTION_FUNCTIONS[implementation]
-        return stock(batch_size=batch_size, attention_mask=attention_mask, config=config, **kwargs)
+        return _stock(implementation, batch_size, attention_mask, config, **kwargs)
 
     return mask
+
+
+def _stock(
+    implementation: str, batch_size: int, attention_mask: torch.Tensor | None, config: PreTrainedConfig, **kwargs: Any
+) -> Any:
+    # Looked up at the call, as attention functions are, so that one that was registered later is found.
+    stock = ALL_MASK_ATTENTION_FUNCTIONS[implementation]
+    return stock(batch_size=batch_size, attention_mask=attention_mask, config=config, **kwargs)
+
+
+def _is_decoding(q_length: int, kv_length: int, **kwargs: Any) -> bool:
+    return q_length < kv_length and can_join(q_length, kv_length)
 
 
 def _behind_prefix(

@@ -14,7 +14,7 @@ from ..core.joined_attention import attend_over_prefix_and_cache, can_join
 from ..core.packed_documents import lengths_of_documents, put_prefix_before_documents
 
 
-_NOT_JOINED = ("position_bias", "softcap")  # the stock function adds the one and refuses the other
+_NOT_JOINED = ("position_bias", "softcap", "s_aux")  # left to the stock functions, of which some refuse one
 
 AttentionOutput = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -93,6 +93,18 @@ def attend_by_eager(inputs: AttentionInputs) -> AttentionOutput:
     return attend_by_concatenation(inputs)
 
 
+def attend_by_flex(inputs: AttentionInputs) -> AttentionOutput:
+    """A few queries over a cache, whose mask is dense (masks.py), join scores; the prefix is in the block mask of others."""
+    mask = inputs.mask
+    if not isinstance(mask, torch.Tensor):
+        return attend_by_concatenation(inputs)
+    if _can_join(inputs):
+        return _attend_jointly(inputs)[0], None
+    if mask.dtype == torch.bool:  # the stock function adds dense masks to the scores
+        mask = torch.zeros_like(mask, dtype=inputs.query.dtype).masked_fill(~mask, torch.finfo(inputs.query.dtype).min)
+    return attend_by_concatenation(inputs._replace(mask=mask))
+
+
 @torch.compiler.assume_constant_result
 def is_common_eager(stock: Callable) -> bool:
     """Whether an architecture's eager function is, instruction by instruction, the one that transformers copies into most
@@ -168,7 +180,7 @@ def _refuse_window(options: dict[str, Any], num_keys: int) -> None:
 FAMILIES: dict[str, Callable[[AttentionInputs], AttentionOutput]] = {
     "eager": attend_by_eager,
     "sdpa": attend_by_sdpa,
-    "flex_attention": attend_by_concatenation,
+    "flex_attention": attend_by_flex,
     "flash_attention_2": attend_by_flash,
     "flash_attention_3": attend_by_flash,
     "paged|eager": attend_by_concatenation,

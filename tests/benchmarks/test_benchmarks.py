@@ -25,11 +25,11 @@ REPOSITORY = Path(__file__).parents[2]
 TINY = ("--hidden_size", "128", "--num_layers", "1", "--vocab_size", "64")
 
 
-def run(script, *arguments):
+def run(script, *arguments, shape=TINY):
     """The script as `python benchmarks/SCRIPT` runs it, in this process; what it prints."""
     path = REPOSITORY / "benchmarks" / script
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as output:
-        patch.setattr(sys, "argv", [str(path), *TINY, *arguments])
+        patch.setattr(sys, "argv", [str(path), *shape, *arguments])
         patch.setenv("COLUMNS", "200")
         patch.syspath_prepend(str(path.parent))
         runpy.run_path(str(path), run_name="__main__")
@@ -297,3 +297,10 @@ def test_caches_that_are_too_large_are_left_out(monkeypatch):
     assert len(cases) == 8
     cases = decode_cases(Namespace(**settings, max_cache_gib=(held - 1) / 2**30), config, 4)
     assert {(case.num_streams, case.context) for case in cases} == {(2, 5), (2, 10), (4, 5)}
+
+
+def test_the_attention_benchmark_compares_three_ways_that_agree():
+    sizes = ("--seq_len", "32", "--num_streams", "2", "--batch_size", "2")
+    rows = table_rows(run("prefix_attention.py", "--repeats", "1", shape=sizes))
+    assert [row[0] for row in rows] == ["keys alone", "prefix in front of the keys", "two calls, joined"]
+    assert all(float(row[1]) > 0 for row in rows)

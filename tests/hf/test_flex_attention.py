@@ -15,6 +15,7 @@ from support.tiny_models import random_tokens, tiny_model, with_streams
 from transformers import StaticCache
 
 from parscale_adapt import ParScaleConfig
+from parscale_adapt.hf import prefixed_attention
 
 
 SIZES = {"hidden_size": 64, "head_dim": 16}
@@ -125,6 +126,22 @@ def test_cached_generation_gives_the_tokens_of_eager_attention_without_a_cache(m
     model.set_attn_implementation("eager")
     expected = model.generate(**left_padded(), **GREEDY, num_beams=num_beams, use_cache=False)
     assert torch.equal(result, expected)
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("model_type", ["qwen2", "mistral"])
+def test_decoding_copies_no_key(model_type, monkeypatch):
+    """The prefix is put in front of keys once, for the prompt; the stock function, which wants one tensor, runs then only."""
+    model, lengths = flex_streams(model_type), []
+    put = prefixed_attention._put_prefix_first
+
+    def counted(inputs):
+        lengths.append(inputs.query.shape[-2])
+        return put(inputs)
+
+    monkeypatch.setattr(prefixed_attention, "_put_prefix_first", counted)
+    model.generate(**left_padded(), **GREEDY)
+    assert set(lengths) == {left_padded()["input_ids"].shape[1]}
 
 
 @pytest.mark.usefixtures("uncompiled")
