@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 from datasets import Dataset
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from parscale_adapt.data import (
@@ -26,6 +25,7 @@ from parscale_adapt.data import (
     load_stdlib_corpus,
     pack_dataset,
 )
+from parscale_adapt.terminal import console
 from parscale_adapt.training import (
     BackboneArguments,
     DataArguments,
@@ -108,7 +108,7 @@ def main(streams: ParScaleArguments, backbone: BackboneArguments, data: DataArgu
     train(trainer, resume)
     finish_run(trainer, streams, {**identity, "backbone": path}, report)
     if training.should_save:
-        Console().print(report.table())
+        console().print(report.table())
 
 
 if __name__ == "__main__":

@@ -13,9 +13,8 @@ which is that of `sft.py`. The backbone is frozen. Every field of `ParScaleArgum
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from parscale_adapt.data import end_token_ids
+from parscale_adapt.terminal import console
 from parscale_adapt.training import (
     BackboneArguments,
     InstructionArguments,
@@ -60,7 +59,7 @@ def main(
     ends = end_token_ids(tokenizer, path, backbone.model_revision)
     train_rows, heldout_rows, report = load_instructions(data, tokenizer, training, ends)
     if training.should_save:
-        Console().print(report.table())
+        console().print(report.table())
 
     model = model_in_streams(path, backbone, streams, training.seed)
     trainer = StreamDistillationTrainer(

@@ -16,9 +16,8 @@ was trained, a second model, which takes as much memory again. It is never saved
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from parscale_adapt.data import end_token_ids
+from parscale_adapt.terminal import console
 from parscale_adapt.training import (
     BackboneArguments,
     PreferenceArguments,
@@ -57,7 +56,7 @@ def main(
     ends = end_token_ids(tokenizer, path, backbone.model_revision)
     train_pairs, heldout_pairs, report = load_preferences(data, tokenizer, training, ends)
     if training.should_save:
-        Console().print(report.table())
+        console().print(report.table())
 
     model = model_in_streams(path, backbone, streams, training.seed)
     trainer = StreamDPOTrainer(

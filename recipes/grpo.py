@@ -15,8 +15,7 @@ With `--beta`, the reference is the model as it was before this run, streams inc
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
+from parscale_adapt.terminal import console
 from parscale_adapt.training import (
     BackboneArguments,
     PromptArguments,
@@ -54,7 +53,7 @@ def main(
     tokenizer = load_backbone_tokenizer(path, backbone, training)
     train_prompts, heldout_prompts, reward_functions, report = load_prompts(data, tokenizer, backbone)
     if training.should_save:
-        Console().print(report.table())
+        console().print(report.table())
 
     model = model_in_streams(path, backbone, streams, training.seed)
     trainer = StreamGRPOTrainer(

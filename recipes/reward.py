@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 
 from peft import TaskType
-from rich.console import Console
 
 from parscale_adapt.data import end_token_ids, with_questions
+from parscale_adapt.terminal import console
 from parscale_adapt.training import (
     BackboneArguments,
     PreferenceArguments,
@@ -54,7 +54,7 @@ def main(
     ends = end_token_ids(tokenizer, path, backbone.model_revision)
     train_pairs, heldout_pairs, report = load_preferences(data, tokenizer, training, ends)
     if training.should_save:
-        Console().print(report.table())
+        console().print(report.table())
 
     trainer = StreamRewardTrainer(
         model=model_in_streams(path, backbone, streams, training.seed, TaskType.SEQ_CLS),

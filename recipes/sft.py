@@ -13,9 +13,8 @@ trains every answer of a conversation. Every field of `ParScaleArguments`, `Back
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from parscale_adapt.data import check_rows, end_token_ids
+from parscale_adapt.terminal import console
 from parscale_adapt.training import (
     BackboneArguments,
     InstructionArguments,
@@ -53,7 +52,7 @@ def main(
     ends = end_token_ids(tokenizer, path, backbone.model_revision)
     train_rows, heldout_rows, report = load_instructions(data, tokenizer, training, ends)
     if training.should_save:
-        Console().print(report.table())
+        console().print(report.table())
         check_rows(train_rows, tokenizer, max_length=training.max_length, end_token_ids=ends)
 
     model, peft_config = trainable_model(path, backbone, streams)

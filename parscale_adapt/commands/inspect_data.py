@@ -89,15 +89,13 @@ def _load_tokenizer(path: str | None, eos_token: str | None, chat_template: str 
 
 
 def _show(found: "Preview", num_rows: int, max_length: int | None) -> None:
-    from rich.console import Console
+    from ..terminal import console
 
     print(f"\n{found.name}")
     for line in _lines(found, num_rows, max_length):
         print(f"  {line}")
     if found.example is not None:
-        console = Console(highlight=False)
-        # Piped output has no width of its own.
-        Console(highlight=False, width=None if console.is_terminal else 160).print(found.example)
+        console().print(found.example)
     for problem in found.problems[:_MAX_PROBLEMS]:
         print(f"  can't be used: {problem}")
     if len(found.problems) > _MAX_PROBLEMS:

@@ -35,17 +35,16 @@ def write_json(path: Path | None, values: Mapping[str, object]) -> None:
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table: first column to the left, the others to the right."""
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
+
+    from ..terminal import console
 
     table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    console = Console(highlight=False, markup=False)
-    # Piped output has no width of its own, and figures broken over lines are hard to read and to cut.
-    Console(highlight=False, markup=False, width=None if console.is_terminal else 160).print(table)
+    console().print(table)
 
 
 def hide_progress_bars() -> None:

@@ -13,6 +13,7 @@ from rich.panel import Panel
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from .. import terminal
 from .packing import IGNORED_LABEL, check_seq_lengths
 from .tokenization import end_token_of
 
@@ -51,7 +52,7 @@ def check_rows(
     """
     end_token_id = end_token_of(tokenizer)[1]
     checker = _RowChecker(tokenizer, end_token_id, frozenset({end_token_id, *end_token_ids}), max_length)
-    console = console or Console()
+    console = console or terminal.console()
     num_seen = num_without_target = 0
     for number, row in enumerate(islice(dataset, max(NUM_CHECKED_ROWS, num_rows)), start=1):
         segments = list(_segments(row))

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from ..files import write_atomically, write_text
+from ..terminal import console
 from .bootstrap import CONFIDENCE, NUM_REPLICATES, Difference, paired_difference
 from .cards import write_cards
 from .contenders import PLAIN
@@ -20,7 +20,6 @@ from .settings import named_entries
 
 
 SCORES_FILE, PICTURE_FILE = "scores.json", "scores.png"
-_WIDTH_WITHOUT_TERMINAL = 160
 
 
 def show_report(evaluation: Evaluation) -> dict[str, Any]:
@@ -37,7 +36,7 @@ def show_report(evaluation: Evaluation) -> dict[str, Any]:
     if evaluation.rows:
         figure = draw_scores(evaluation.rows, evaluation.contenders)
         write_atomically(folder / PICTURE_FILE, lambda path: save(figure, path))
-        _print(table_of(evaluation))
+        console().print(table_of(evaluation))
     for note in evaluation.notes:
         print(note)
     written = [folder / SCORES_FILE, *([folder / PICTURE_FILE] if evaluation.rows else [])]
@@ -153,10 +152,3 @@ def _metric_text(row: Row) -> str:
 def interval_text(interval: tuple[float, float] | None, sign: str = "") -> str:
     """Both ends, or a dash where there is none."""
     return "-" if interval is None else f"{interval[0]:{sign}.4f} to {interval[1]:{sign}.4f}"
-
-
-def _print(table: Table) -> None:
-    console = Console(highlight=False, markup=False)
-    # Piped output has no width of its own, and figures broken over lines are hard to read and to cut.
-    width = None if console.is_terminal else _WIDTH_WITHOUT_TERMINAL
-    Console(highlight=False, markup=False, width=width).print(table)

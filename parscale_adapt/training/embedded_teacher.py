@@ -33,7 +33,7 @@ class EmbeddedTeacher:
     init_weights: str = "tokens"
     max_length: int = 128
     batch_size: int = 8
-    num_steps: int = 100
+    num_steps: int = 400
     learning_rate: float = 1e-2
     seed: int = 0
 

@@ -13,10 +13,13 @@ import torch
 import transformers
 import trl
 from huggingface_hub import ModelCard, ModelCardData
+from rich.box import SIMPLE
+from rich.table import Table
 
 from ..checkpoints.folders import transform_names
 from ..data import TokenReport
 from ..files import write_atomically, write_text
+from ..terminal import console
 from ..tuner.config import ParScaleArguments
 from ..tuner.state import backbone_shapes, expected_adapter_shapes, full_shape, saved_module_shapes
 from .failures import describe
@@ -55,6 +58,7 @@ def finish_run(
         metrics = _metrics(trainer, streams, run, report, heldout_loss)
         if trainer.args.should_save:
             _describe_run(trainer, metrics, folder)
+            console().print(results_table(metrics, folder))
     except Exception as error:
         raise ValueError(
             f"the trained model lies in {folder}, saved and verified, but it could not be measured and described: "
@@ -124,6 +128,16 @@ def environment() -> dict[str, str]:
         "python": platform.python_version(),
         **{module.__name__: module.__version__ for module in modules},
     }
+
+
+def results_table(metrics: dict[str, Any], folder: Path) -> Table:
+    """What a run ends with on the terminal: the figures of its card, and where the rest lies."""
+    table = Table(title="Trained", box=SIMPLE, show_header=False)
+    for name, value in _card_rows(metrics):
+        table.add_row(name, str(value).replace("`", ""))
+    table.add_row("saved in", str(folder))
+    table.add_row("curve and figures", f"{metrics['curve']}_curve.png and {METRICS_FILE} in it")
+    return table
 
 
 def write_card(

@@ -66,6 +66,7 @@ def test_what_a_run_leaves_behind(recipes, material):
     card = (result.output_dir / "README.md").read_text()
     assert f"{metrics['heldout_loss']:.4f} nats per token" in card
     assert material.text in card
+    assert f"{metrics['heldout_loss']:.4f} nats per token" in result.stdout().rpartition("Trained")[2]
 
 
 def test_different_seeds_start_differently_and_the_same_seed_alike(recipes, material):

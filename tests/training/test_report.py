@@ -1,10 +1,13 @@
 """What a run writes about itself."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
+from parscale_adapt.terminal import console
 from parscale_adapt.training.plots import plot_curve
-from parscale_adapt.training.report import environment, write_card
+from parscale_adapt.training.report import environment, results_table, write_card
 
 
 METRICS = {
@@ -55,6 +58,20 @@ def test_the_card_names_prefix_tokens_where_there_are_some(tmp_path):
     body = (tmp_path / "README.md").read_text()
     assert "| streams differ by | lora |" in body
     assert "prefix tokens" not in body
+
+
+def test_a_run_ends_with_the_figures_of_its_card(capsys):
+    metrics = {**METRICS, "heldout": {"accuracy": 0.9375}, "heldout_loss": 1.23456}
+    console().print(results_table(metrics, Path("runs") / "[mine]"))
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    for line in (
+        "backbone Qwen/Qwen2.5-3B, frozen",
+        "held-out loss 1.2346 nats per token",
+        "held-out accuracy 0.9375",
+        "saved in runs/[mine]",
+        "curve and figures loss_curve.png and metrics.json in it",
+    ):
+        assert line in lines
 
 
 @pytest.mark.parametrize("num_streams", [0, 2])
