@@ -103,7 +103,8 @@ def prepare_instructions(
         desc=f"Preparing {name}",
     )
     refuse_problems(prepared)
-    _tell_unused(prepared, name)
+    tell_unused(prepared, name)
+    _tell_lost_prompts(prepared, name)
     num_tokens, num_trained = (np.asarray(_column(prepared, count)) for count in _COUNTS)
     report = _report(name, num_tokens, num_trained, settings.max_length)
     kept = np.flatnonzero(num_trained)
@@ -123,10 +124,14 @@ def refuse_problems(prepared: Dataset) -> None:
         raise ValueError(f"{problems[0].as_py()}{others}")
 
 
-def _tell_unused(prepared: Dataset, name: str) -> None:
+def tell_unused(prepared: Dataset, name: str) -> None:
+    """Say which columns and fields were not read, by the column `unused`."""
     unused = sorted(pyarrow.compute.list_flatten(_column(prepared, "unused")).unique().to_pylist())
     if unused:
         say(f"{name}: not read, and not trained on: {', '.join(unused)}.")
+
+
+def _tell_lost_prompts(prepared: Dataset, name: str) -> None:
     for lost in sorted(set(_column(prepared, "lost_prompt").unique().to_pylist()) - {""}):
         say(
             f"{name}: generation is prompted with {lost[-40:]!r}, which the chat template leaves out where an answer "

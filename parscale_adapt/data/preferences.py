@@ -12,7 +12,7 @@ from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from .instruction_rows import InstructionRow, InstructionSettings, RowPreparer
-from .instructions import columns_of, place_of, refuse_problems
+from .instructions import columns_of, place_of, refuse_problems, tell_unused
 from .messages import ANSWER
 from .packing import IGNORED_LABEL
 from .report import TokenReport
@@ -21,9 +21,10 @@ from .saying import say
 from .sources import is_json_rows
 
 
-_PREPARATION_VERSION = "1"  # part of the name under which prepared pairs are cached
+_PREPARATION_VERSION = "2"  # part of the name under which prepared pairs are cached
 PREFERENCE_FEATURES = Features({name: List(Value("int32")) for name in ("prompt_ids", "chosen_ids", "rejected_ids")})
-_PREPARED_FEATURES = Features({**PREFERENCE_FEATURES, "problem": Value("string")})
+_SHARED = ("tools", "chat_template_kwargs", "system")  # columns that both answers of a row have
+_PREPARED_FEATURES = Features({**PREFERENCE_FEATURES, "problem": Value("string"), "unused": List(Value("string"))})
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,15 @@ class _Preparation:
 
     def __call__(self, example: Mapping[str, Any], index: int) -> dict[str, Any]:
         try:
-            return {**self._pair(columns_of(example, self.is_json)), "problem": None}
+            row = columns_of(example, self.is_json)
+            pair, unused = self._pair(row)
+            return {**pair, "problem": None, "unused": unused}
         except RowError as error:
             problem = f"{place_of(example, index, self.name, self.is_json)}: {error}."
-            return {**{column: [] for column in PREFERENCE_FEATURES}, "problem": problem}
+            return {**{column: [] for column in PREFERENCE_FEATURES}, "problem": problem, "unused": []}
 
-    def _pair(self, row: Mapping[str, Any]) -> dict[str, list[int]]:
+    def _pair(self, row: Mapping[str, Any]) -> tuple[dict[str, list[int]], list[str]]:
+        """Token ids, and the columns and fields that were not read."""
         better, worse = (self._side(row, field) for field in self.settings.answer_fields)
         lengths = [next(i for i, label in enumerate(one.labels) if label != IGNORED_LABEL) for one in (better, worse)]
         num_shared = min(lengths)  # a token that reaches over the end of the question belongs to its answer
@@ -75,11 +79,14 @@ class _Preparation:
             raise RowError(
                 f"{self._names()} are the same answer, from which nothing can be learned: leave the pair out"
             )
-        return {
+        pair = {
             "prompt_ids": better.input_ids[:num_shared],
             "chosen_ids": better.input_ids[num_shared:],
             "rejected_ids": worse.input_ids[num_shared:],
         }
+        known = {self.settings.prompt_field, *self.settings.answer_fields, *_SHARED}
+        unread = {name for name, value in row.items() if name not in known and value is not None}
+        return pair, sorted(unread | {*better.unused, *worse.unused})
 
     def _names(self) -> str:
         return " and ".join(f"`{field}`" for field in self.settings.answer_fields)
@@ -95,7 +102,7 @@ class _Preparation:
                 f"conversations in {self._names()}; it has {', '.join(row) or 'none'} (name columns with --prompt_field, "
                 "--chosen_field and --rejected_field)"
             )
-        shared = {name: row[name] for name in ("tools", "chat_template_kwargs", "system") if name in row}
+        shared = {name: row[name] for name in _SHARED if name in row}
         parts = {"messages": answer} if is_whole else {"prompt": row[settings.prompt_field], "completion": answer}
         prepared = self.preparer.prepare({**shared, **parts}, not self.is_json)
         if prepared.problem is not None:
@@ -136,6 +143,7 @@ def prepare_preferences(
         desc=f"Preparing {name}",
     )
     refuse_problems(prepared)
+    tell_unused(prepared, name)
     pairs = prepared.select_columns(list(PREFERENCE_FEATURES))
     prompt, chosen, rejected = (_lengths(pairs, column) for column in PREFERENCE_FEATURES)
     longest = prompt + np.maximum(chosen, rejected)

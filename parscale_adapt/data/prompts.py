@@ -147,4 +147,8 @@ def _as_dataset(rows: list[dict[str, Any]], name: str) -> Dataset:
             columns[key] = pyarrow.array([row.get(key) for row in rows])
         except pyarrow.ArrowException as error:
             raise ValueError(f"{name}: the column `{key}` has values of several types: {error}.") from error
+        except OverflowError as error:
+            raise ValueError(
+                f"{name}: the column `{key}` has a whole number of more than 64 bits: write it as text."
+            ) from error
     return Dataset(pyarrow.table(columns))

@@ -1,5 +1,6 @@
 """Scores in an adapter's model card, as metadata that the hub reads (`model-index`)."""
 
+import math
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard
@@ -28,7 +29,8 @@ def write_cards(evaluation: Evaluation) -> list[Path]:
     """
     written = []
     for contender in evaluation.contenders:
-        rows = [row for row in evaluation.rows if row.contender is contender]
+        own = [row for row in evaluation.rows if row.contender is contender]
+        rows = [row for row in own if math.isfinite(row.score.value)]  # the hub takes no others
         if contender.source is not None and rows:
             written.append(_write_card(contender, rows, evaluation))
     return written

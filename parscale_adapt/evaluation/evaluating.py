@@ -11,6 +11,7 @@ from .bootstrap import Metric
 from .contenders import Contender, Field, Resident, find_field, resident, shared_loads
 from .environment import environment
 from .evalplus import EvalPlus, find_evalplus
+from .finite_logits import only_finite
 from .measures import Measure, Scores
 from .programs import Programs, programs
 from .settings import EvaluationSettings
@@ -56,6 +57,7 @@ def evaluate(settings: EvaluationSettings) -> Evaluation:
 
     Raises:
         ValueError, TypeError: something can't be done as the settings say; raised before weights are read.
+        ValueError: a model's logits are no finite numbers; what was finished before stays.
     """
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ValueError(f"An evaluation runs in one process, got {os.environ['WORLD_SIZE']}: launch it with one.")
@@ -113,7 +115,7 @@ def _measure_all(field: Field, measures: Sequence[Measure], store: ScoreStore) -
 
 
 def _score(loaded: Resident, contender: Contender, measure: Measure, field: Field) -> Scores:
-    with loaded.playing(contender):
+    with loaded.playing(contender), only_finite(loaded.model, f"{contender.name} on {measure.name}"):
         return measure.score(loaded.model, field.tokenizer, contender.num_beams)
 
 

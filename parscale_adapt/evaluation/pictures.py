@@ -46,8 +46,8 @@ def _draw_panel(axes: Any, rows: Sequence[Row], names: Sequence[str]) -> None:
         if place == 0:
             axes.axvline(value, color="#BBBBBB", linewidth=0.8, zorder=0)
     arrow = {True: "", False: ", lower is better", None: ""}[rows[0].score.higher_is_better]
-    axes.set_title(f"{rows[0].measure}\n{rows[0].metric.removesuffix(',none')}{arrow}")
-    axes.set_yticks(range(len(names)), names)
+    axes.set_title(f"{rows[0].measure}\n{rows[0].metric.removesuffix(',none')}{arrow}", parse_math=False)
+    axes.set_yticks(range(len(names)), names, parse_math=False)  # "$" in a name is no formula
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(3))
     axes.margins(x=0.15)

@@ -1,6 +1,7 @@
 """What an evaluation says: one table, `scores.json`, a picture, and metadata of model cards."""
 
 import json
+import math
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
@@ -32,7 +33,7 @@ def show_report(evaluation: Evaluation) -> dict[str, Any]:
 
     folder = Path(evaluation.settings.output_dir).expanduser()
     report = report_of(evaluation)
-    write_text(folder / SCORES_FILE, json.dumps(report, indent=2) + "\n")
+    write_text(folder / SCORES_FILE, json.dumps(report, indent=2, allow_nan=False) + "\n")
     if evaluation.rows:
         figure = draw_scores(evaluation.rows, evaluation.contenders)
         write_atomically(folder / PICTURE_FILE, lambda path: save(figure, path))
@@ -71,7 +72,7 @@ def report_of(evaluation: Evaluation) -> dict[str, Any]:
                 "metric": one.metric,
                 "model": one.contender.name,
                 "minus": other.contender.name,
-                "value": difference.value,
+                "value": finite_or_none(difference.value),
                 "interval": difference.interval,
             }
             for one, other, difference in differences(evaluation.rows)
@@ -87,11 +88,16 @@ def _score(row: Row) -> dict[str, Any]:
         "kind": row.kind,
         "metric": row.metric,
         "model": row.contender.name,
-        "value": row.score.value,
+        "value": finite_or_none(row.score.value),
         "interval": row.score.interval,
         "higher_is_better": row.score.higher_is_better,
         "num_items": row.score.num_items,
     }
+
+
+def finite_or_none(value: float) -> float | None:
+    """What JSON can hold of a score: a task's own metric may be infinite, such as a perplexity."""
+    return value if math.isfinite(value) else None
 
 
 def differences(rows: list[Row]) -> Iterator[tuple[Row, Row, Difference]]:

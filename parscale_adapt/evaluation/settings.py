@@ -1,11 +1,16 @@
 """What is scored, and on what: the YAML file of `parscale evaluate` and the arguments of `recipes/evaluate.py`."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import yaml
+
+
+_TEXT_KEYS = ("name", "path", "text_field", "split", "config")
+_MAX_NAME = 100  # it becomes a part of names of files
 
 
 @dataclass
@@ -100,18 +105,15 @@ def read_settings(path: Path, **changes: Any) -> EvaluationSettings:
 def named_entries(values: Sequence[Any], setting: str, keys: Sequence[str]) -> list[dict[str, Any]]:
     """Entries of a list as mappings with the keys `name`, `path` and those of `keys` that are given.
 
-    `NAME=PATH` stands for both, and `PATH` for the path alone, named as its file without suffix.
+    `NAME=PATH` stands for both, and `PATH` for the path alone, named as its file without suffix, or as its folder; what
+    exists as it stands is a path, though it has a "=" in it.
 
     Raises:
-        ValueError: a key is unknown, or the path missing, or two entries have one name.
+        ValueError: a key is unknown, a value is no text, the path is missing, or two entries have one name.
     """
     entries: dict[str, dict[str, Any]] = {}
     for value in values:
-        if isinstance(value, Mapping):
-            entry = dict(value)
-        else:
-            name, separator, path = str(value).partition("=")
-            entry = {"name": name, "path": path} if separator else {"path": name}
+        entry = _entry(value)
         unknown = sorted(entry.keys() - {"name", "path", *keys})
         if unknown or not entry.get("path"):
             problem = f"has the unknown key {unknown[0]!r}" if unknown else "lacks a `path`"
@@ -119,13 +121,33 @@ def named_entries(values: Sequence[Any], setting: str, keys: Sequence[str]) -> l
                 f"An entry of `{setting}` {problem}, got {value!r}: write NAME=PATH, or a mapping of "
                 f"{', '.join(['name', 'path', *keys])}."
             )
-        entry.setdefault("name", Path(str(entry["path"])).expanduser().resolve().stem)
+        wrong = next((key for key in _TEXT_KEYS if key in entry and not isinstance(entry[key], str)), None)
+        if wrong is not None:
+            raise ValueError(f"`{wrong}` of an entry of `{setting}` must be text, got {value!r}: put it in quotes.")
+        if "name" not in entry:
+            place = Path(entry["path"]).expanduser().resolve()
+            is_folder = setting == "adapters" or place.is_dir()  # "p4-0.1" has no suffix then
+            entry["name"] = place.name if is_folder else place.stem
         if not entry["name"] or entry["name"] in entries:
             raise ValueError(
                 f"Each entry of `{setting}` needs a name of its own, got {entry['name']!r}: give NAME=PATH."
             )
+        if len(entry["name"]) > _MAX_NAME:
+            raise ValueError(
+                f"A name in `{setting}` has more than {_MAX_NAME} characters, got {entry['name']!r}: give a shorter NAME=PATH."
+            )
         entries[entry["name"]] = entry
     return [*entries.values()]
+
+
+def _entry(value: Any) -> dict[str, Any]:
+    if isinstance(value, Mapping):
+        return dict(value)
+    text = str(value)
+    name, separator, path = text.partition("=")
+    if not separator or os.path.exists(os.path.expanduser(text)):
+        return {"path": text}
+    return {"name": name, "path": path}
 
 
 def _check_types(settings: EvaluationSettings) -> None:

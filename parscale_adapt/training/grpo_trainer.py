@@ -1,7 +1,7 @@
 """TRL's GRPOTrainer with what parallel streams add."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,26 @@ from trl.trainer import utils
 
 from .rewards import RewardFunction
 from .rollout_training import RolloutTraining
+
+
+def mean_rewards(rewards: torch.Tensor, weights: torch.Tensor, names: Sequence[str]) -> dict[str, float]:
+    """Means over questions, as `heldout_metrics` has them.
+
+    Args:
+        rewards: float32 `[questions, functions]`, NaN where a function had nothing to say. A question to which none had
+            anything to say is left out, as TRL leaves it out in training.
+        weights: of the functions.
+        names: of the functions.
+    """
+    rewards = rewards[~rewards.isnan().all(dim=1)]
+    means: dict[str, float] = {}
+    if len(rewards):
+        means["reward"] = (rewards * weights).nansum(dim=1).mean().item()
+    means["num_questions"] = len(rewards)
+    if len(names) > 1:
+        columns = {name: column[~column.isnan()] for name, column in zip(names, rewards.T, strict=True)}
+        means |= {f"reward of {name}": column.mean().item() for name, column in columns.items() if len(column)}
+    return means
 
 
 class StreamGRPOTrainer(RolloutTraining, GRPOTrainer):
@@ -88,12 +108,7 @@ class StreamGRPOTrainer(RolloutTraining, GRPOTrainer):
                     rewards += self._rewards_of(share)[: len(batch)]
         self.model.train(was_training)
         self._metrics["eval"].clear()
-        by_function = torch.tensor(rewards)
-        weighted = (by_function * self.reward_weights).nansum(dim=1)
-        self.heldout_metrics = {"reward": weighted.mean().item(), "num_questions": len(rows)}
-        if len(self.reward_func_names) > 1:
-            means = by_function.nanmean(dim=0).tolist()
-            self.heldout_metrics |= {f"reward of {name}": mean for name, mean in zip(self.reward_func_names, means)}
+        self.heldout_metrics = mean_rewards(torch.tensor(rewards), self.reward_weights.cpu(), self.reward_func_names)
 
     def _rewards_of(self, rows: list[dict[str, Any]]) -> list[list[float]]:
         """Rewards of an answer to each row, of all ranks, by function."""

@@ -5,17 +5,21 @@ data and a few more keywords, and returns a number for each completion, or None 
 """
 
 import functools
+import hashlib
 import importlib
 import importlib.util
 import inspect
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from numbers import Real
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import torch
 from transformers import TrainerState
 
 from .failures import describe
@@ -24,6 +28,7 @@ from .failures import describe
 RewardFunction = Callable[..., list[float | None]]
 _NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
 _FINAL = "####"  # what GSM8K writes in front of a final answer
+_LARGEST = torch.finfo(torch.float32).max  # trainers keep rewards in this type
 
 
 class RewardError(ValueError):
@@ -38,7 +43,7 @@ def exact_number(completions: Sequence[Any], answer: Sequence[Any], **kwargs: An
         answer: the right numbers.
     """
     found = (re.match(r"\s*(-?\d+)", text_of(completion)) for completion in completions)
-    return [float(match is not None and match.group(1) == str(right)) for match, right in zip(found, answer)]
+    return [float(match is not None and match.group(1) == _as_text(right)) for match, right in zip(found, answer)]
 
 
 def gsm8k_answer(completions: Sequence[Any], answer: Sequence[str], **kwargs: Any) -> list[float]:
@@ -52,7 +57,7 @@ def gsm8k_answer(completions: Sequence[Any], answer: Sequence[str], **kwargs: An
         answer: worked solutions that end with "#### " and the number.
     """
     texts = map(text_of, completions)
-    return [float(_is_same(final_number(text), final_number(right))) for text, right in zip(texts, answer)]
+    return [float(_is_same(final_number(text), final_number(_as_text(right)))) for text, right in zip(texts, answer)]
 
 
 def final_number(text: str) -> Decimal | None:
@@ -72,6 +77,11 @@ def text_of(completion: Any) -> str:
     return completion if isinstance(completion, str) else completion[-1]["content"] or ""
 
 
+def _as_text(right: Any) -> str:
+    """A right answer as text: whole numbers of a column that has others too come as 5.0."""
+    return str(int(right) if isinstance(right, float) and right.is_integer() else right)
+
+
 def _is_same(one: Decimal | None, other: Decimal | None) -> bool:
     return one is not None and one == other
 
@@ -89,7 +99,8 @@ def load_reward_functions(names: Sequence[str]) -> list[RewardFunction]:
         raise ValueError(
             "`reward_functions` is empty: name what rewards answers, such as `--reward_functions file.py:function`."
         )
-    functions = [checked(_load(name), name) for name in names]
+    modules: dict[Path, ModuleType] = {}
+    functions = [checked(_load(name, modules), name) for name in names]
     known: dict[str, str] = {}
     for name, function in zip(names, functions):
         other = known.setdefault(function.__name__, name)
@@ -100,12 +111,13 @@ def load_reward_functions(names: Sequence[str]) -> list[RewardFunction]:
     return functions
 
 
-def _load(name: str) -> RewardFunction:
+def _load(name: str, modules: dict[Path, ModuleType]) -> RewardFunction:
+    """The function of a name; a file that is none of `modules` is run and joins them."""
     file, colon, attribute = name.rpartition(":")
     if not colon:
         file, _, attribute = name.rpartition(".")
     try:
-        module = _module_of_file(Path(file).expanduser()) if colon else importlib.import_module(file)
+        module = _module_of_file(Path(file).expanduser(), modules) if colon else importlib.import_module(file)
         function = getattr(module, attribute)
     except Exception as error:  # whatever the user's file raises
         raise ValueError(
@@ -123,15 +135,20 @@ def file_of(name: str) -> Path | None:
     return Path(file).expanduser() if colon else None
 
 
-def _module_of_file(path: Path) -> Any:
+def _module_of_file(path: Path, modules: dict[Path, ModuleType]) -> ModuleType:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    place = path.resolve()
+    if place not in modules:
+        name = f"reward_functions_{hashlib.blake2b(bytes(place), digest_size=8).hexdigest()}"
+        spec = importlib.util.spec_from_file_location(name, place)
+        if spec is None or spec.loader is None:
+            raise ImportError(f"{path} is no Python file")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # where dataclasses and pickle look a class up
+        spec.loader.exec_module(module)
+        modules[place] = module
+    return modules[place]
 
 
 def checked(function: RewardFunction, name: str) -> RewardFunction:
@@ -156,15 +173,25 @@ def checked(function: RewardFunction, name: str) -> RewardFunction:
                 f"the reward function {name} returned {len(values)} rewards for {num_wanted} completions: it must return one "
                 "for each."
             )
-        for value in values:
-            if value is not None and not (isinstance(value, Real) and math.isfinite(value)):
-                raise RewardError(
-                    f"the reward function {name} returned {value!r}: rewards must be finite numbers, or None where it has "
-                    "nothing to say."
-                )
-        return list(values)
+        return [_reward(value, name) for value in values]
 
     return rewards
+
+
+def _reward(value: Any, name: str) -> float | None:
+    plain = value.tolist() if hasattr(value, "tolist") else value  # one number of numpy or torch
+    if plain is None:
+        return None
+    try:
+        number = float(plain) if isinstance(plain, Real) else math.nan
+    except OverflowError:
+        number = math.inf
+    if not abs(number) <= _LARGEST:
+        raise RewardError(
+            f"the reward function {name} returned {value!r}: rewards must be finite numbers that float32 holds, or None "
+            "where it has nothing to say."
+        )
+    return number
 
 
 def try_reward_functions(functions: Sequence[RewardFunction], rows: Sequence[Mapping[str, Any]]) -> None:

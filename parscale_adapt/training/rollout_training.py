@@ -26,8 +26,20 @@ class RolloutTraining(StreamTraining):
     """Stands before one of TRL's trainers that sample answers, as in `class StreamGRPOTrainer(RolloutTraining, GRPOTrainer)`."""
 
     def _get_train_sampler(self, *args, **kwargs) -> Sampler:
-        """TRL's, but the order of an epoch does not depend on the epochs that this process has seen."""
-        return _SamplerByEpoch(super()._get_train_sampler(*args, **kwargs))
+        """TRL's, but the order of an epoch does not depend on the epochs that this process has seen.
+
+        Raises:
+            ValueError: there are fewer questions than are answered at a time. TRL leaves out those that fill no batch of
+                answers, so that nothing would be trained.
+        """
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if len(sampler) == 0:
+            raise ValueError(
+                f"The training data has {sampler.num_samples:,} questions, and {sampler.batch_size:,} are answered at a time, "
+                "so that nothing would be trained: give more questions, or a smaller --per_device_train_batch_size or "
+                "--gradient_accumulation_steps."
+            )
+        return _SamplerByEpoch(sampler)
 
     def _generate_single_turn(self, *args, **kwargs) -> Any:
         """Sample as TRL does, with parameters that FSDP2 gathers first, and in the types that they are trained in."""

@@ -86,3 +86,8 @@ def test_the_embedded_wrong_answers_are_right_words_in_a_wrong_order():
         assert sorted(pair["chosen"].split()) == sorted(pair["rejected"].split())
         assert pair["chosen"] != pair["rejected"]
     assert not set(pairs["train"]["prompt"]) & set(pairs["heldout"]["prompt"])
+
+
+def test_columns_that_are_not_read_are_told(tokenizer, capsys):
+    prepared([{**ROW, "margin": 0.5, "source": None}, {**ROW, "margin": None, "source": None}], tokenizer)
+    assert "pairs: not read, and not trained on: margin." in capsys.readouterr().out.replace("\n", " ")

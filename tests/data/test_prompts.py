@@ -97,6 +97,15 @@ def test_a_template_that_refuses_a_row_and_columns_of_several_types_are_named(tm
         prepare_prompts(load_rows(DataSource(str(file))), tokenizer, PromptSettings(9, prompt_format="text"), "file")
 
 
+def test_a_whole_number_that_no_column_holds_is_named(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"prompt": "a", "answer": 2**70}) + "\n")
+    with pytest.raises(ValueError, match="`answer` has a whole number of more than 64 bits: write it as text"):
+        prepare_prompts(
+            load_rows(DataSource(str(file))), byte_tokenizer(), PromptSettings(9, "prompt", "text"), "file"
+        )
+
+
 def test_sums_are_right_and_none_is_in_both_splits():
     splits = sums_of_digits()
     rows = [row for split in splits.values() for row in split]

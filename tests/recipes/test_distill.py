@@ -131,6 +131,11 @@ def test_options_that_can_not_work_are_refused(recipes, material, teacher, optio
     assert sentence in refusal(recipes.run("distill", **material.distillation_options(teacher, **options)))
 
 
+def test_fewer_questions_than_are_answered_at_a_time_are_refused(recipes, material, teacher):
+    result = recipes.run("distill", **material.distillation_options(teacher, per_device_train_batch_size=512))
+    assert "and 512 are answered at a time, so that nothing would be trained" in refusal(result, loads_weights=True)
+
+
 def test_shipped_configurations_are_read_and_run(recipes, material, teacher):
     for config in sorted((REPOSITORY / "recipes" / "configs" / "distill").glob("*.yaml")):
         assert config.read_text().startswith("# accelerate launch")

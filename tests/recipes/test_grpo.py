@@ -202,6 +202,11 @@ def test_questions_that_can_not_be_answered_are_refused(recipes, material, tmp_p
     assert str(data) in message
 
 
+def test_fewer_questions_than_are_answered_at_a_time_are_refused(recipes, material):
+    result = recipes.run("grpo", **material.prompt_options(per_device_train_batch_size=128))
+    assert "has 16 questions, and 32 are answered at a time" in refusal(result, loads_weights=True)
+
+
 def test_shipped_configurations_are_read_and_run(recipes, material, tuned):
     for config in sorted((REPOSITORY / "recipes" / "configs" / "grpo").glob("*.yaml")):
         assert config.read_text().startswith("# accelerate launch")
