@@ -5,22 +5,23 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
 
 @contextmanager
-def only_finite(model: PreTrainedModel, what: str) -> Iterator[None]:
+def only_finite(model: PreTrainedModel | PeftModel, what: str) -> Iterator[None]:
     """Inside, the logits of all forwards are looked at; nothing waits for it before the end.
 
     Args:
-        model: a causal LM, or a `PeftModel` of one.
+        model: a causal LM, with adapters or without.
         what: is measured, for the error.
 
     Raises:
         ValueError: on the way out, logits were NaN or infinite.
     """
-    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model  # `generate` calls this one
+    causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model  # `generate` calls this one
     highest: list[torch.Tensor] = []
 
     def look(module: nn.Module, inputs: Any, output: Any) -> None:
