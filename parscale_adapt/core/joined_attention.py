@@ -44,6 +44,8 @@ def attend_over_prefix_and_cache(
     num_key_value_heads, num_prefix_tokens = prefix_key.shape[1:3]
     grouped = query.reshape(batch_size, num_key_value_heads, -1, key_size)
     scale = 1 / math.sqrt(key_size) if scaling is None else scaling
+    if query.dtype == torch.float16:  # in which products of unscaled queries overflow; a power of two rounds nothing
+        grouped, scale = grouped / 16, scale * 16
     # One tensor for both, scaled and masked in place: at this size every copy of the scores is felt.
     num_scores = num_prefix_tokens + key.shape[2]
     scores = query.new_empty(*grouped.shape[:3], num_scores, dtype=torch.float32)

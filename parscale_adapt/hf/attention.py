@@ -201,7 +201,14 @@ def _as_heads(
         prefix = (prefix[0][None], prefix[1][None])
         prefix = prefix if has_rows else (prefix[0].flatten(1, 2), prefix[1].flatten(1, 2))
     options = {name: _option_for_heads(name, option, num_rows, layout) for name, option in inputs.options.items()}
-    return inputs._replace(query=layout.by_sample(inputs.query), key=key, value=value, options=options, prefix=prefix)
+    inputs = inputs._replace(mask=_mask_for_heads(inputs.mask, layout), options=options)
+    return inputs._replace(query=layout.by_sample(inputs.query), key=key, value=value, prefix=prefix)
+
+
+def _mask_for_heads(mask: Any, layout: UniformLayout) -> Any:
+    """A mask `[B or 1, heads, T, S]` of the caller's own, that differs by head, once per stream."""
+    differs_by_head = isinstance(mask, torch.Tensor) and mask.dim() == 4 and mask.shape[1] > 1
+    return mask.repeat(1, layout.num_streams, 1, 1) if differs_by_head else mask
 
 
 def _option_for_heads(name: str, option: Any, num_rows: int, layout: UniformLayout) -> Any:

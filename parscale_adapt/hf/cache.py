@@ -110,7 +110,7 @@ def claim_cache(cache: Cache, owner: CacheOwners) -> None:
         return
     if any(_is_filled(layer) for layer in cache.layers):
         raise ValueError(
-            f"`past_key_values` was filled by {_describe(previous)} and can't be continued by {_describe(owner)}: "
+            f"`past_key_values` was filled by {describe_owner(previous)} and can't be continued by {describe_owner(owner)}: "
             "start again from an empty cache after switching adapters."
         )
     for layer in cache.layers:
@@ -132,7 +132,7 @@ def claim_pages(cache: Any, owner: CacheOwners) -> None:
     previous = vars(cache).setdefault(_OWNER, owner)
     if previous != owner:
         raise ValueError(
-            f"The manager of continuous batching serves {_describe(previous)} and can't go on with {_describe(owner)}: "
+            f"The manager of continuous batching serves {describe_owner(previous)} and can't go on with {describe_owner(owner)}: "
             "stop it, or call `destroy_cached_continuous_batching_manager`, before switching adapters."
         )
 
@@ -151,9 +151,10 @@ def _forget_allocation(layer: CacheLayerMixin | LinearAttentionCacheLayerMixin) 
             layer.is_conv_states_initialized[index] = layer.is_recurrent_states_initialized[index] = False
 
 
-def _describe(owner: CacheOwners) -> str:
+def describe_owner(owner: CacheOwners) -> str:
+    """The owner as messages name it."""
     if isinstance(owner, tuple):
-        return f"a batch of {', '.join(map(_describe, owner))}"
+        return f"a batch of {', '.join(map(describe_owner, owner))}"
     return "the plain backbone" if owner is None else f"the adapter {owner.name!r}"
 
 

@@ -21,6 +21,7 @@ from .cache import (
     chunk_view,
     claim_cache,
     claim_pages,
+    describe_owner,
     mark_cache,
     stream_view,
     viewed_cache,
@@ -98,17 +99,17 @@ class StreamDoor:
     def _runs_in_chunks(
         self, arguments: dict[str, Any], cache: Cache | None, streams: DecoderStreamsProtocol, layout: StreamLayout
     ) -> bool:
-        """Whether a few streams run at a time: always in training, else without a cache, or without gradients, of which
-        each replay would fill it once more.
+        """Whether a few streams run at a time: always in a step of training, else without a cache, or without gradients,
+        of which each replay would fill it once more.
 
         Raises:
-            ValueError: in training, a cache is asked for.
+            ValueError: in a step of training, a cache is asked for.
         """
         if streams.chunk_size is None or not isinstance(layout, UniformLayout):
             return False
         if streams.chunk_size >= layout.num_streams:
             return False
-        if not self.decoder.training:
+        if not self._is_step():
             makes_cache = arguments.get("use_cache") and cache is None and "past_key_values" not in self.parameters
             if makes_cache or arguments.get("cache") is not None:  # in its own way; of continuous batching
                 return False
@@ -129,13 +130,24 @@ class StreamDoor:
         cache_name: str,
         cache: Cache | None,
     ) -> Any:
-        """The output of the stock decoder on the rows of all streams; an empty `cache` is filled."""
-        if cache is None and "use_cache" in self.parameters:
-            arguments = {**arguments, "use_cache": False}
+        """The output of the stock decoder on the rows of all streams; an empty `cache` is filled.
+
+        Raises:
+            ValueError: in a replay, another adapter is active than in the forward pass.
+        """
+        if cache is None:
+            arguments = self._without_cache(arguments, batch_size)
+        owner = streams.cache_owner
         num_streams = streams.running.layout.num_streams
         waiting: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
         def run(layout: UniformLayout) -> Any:
+            if streams.cache_owner != owner:
+                raise ValueError(
+                    f"Chunks of streams run once more in the backward pass: call `backward` while {describe_owner(owner)} "
+                    f"is active, as in the forward pass, not {describe_owner(streams.cache_owner)}, or set "
+                    "`stream_chunk_size` to None."
+                )
             rows, chunk = _with_rows(arguments, batch_size, layout), streams.running.chunk
             if cache is not None and chunk is not None:
                 is_last = chunk.stop == num_streams
@@ -144,9 +156,26 @@ class StreamDoor:
 
         return streams.run_in_chunks(run)
 
+    def _without_cache(self, arguments: dict[str, Any], batch_size: int) -> dict[str, Any]:
+        """Arguments for chunks that make no cache where all streams at once would make one.
+
+        transformers recognizes packed documents, by their positions, only where there is neither a cache nor a mask.
+        """
+        if "use_cache" not in self.parameters:
+            return arguments
+        positions = arguments.get("position_ids")
+        would_make_one = self._wants_cache(arguments.get("use_cache"))
+        if would_make_one and positions is not None and arguments.get("attention_mask") is None:
+            arguments = {**arguments, "attention_mask": positions.new_ones(batch_size, positions.shape[-1])}
+        return {**arguments, "use_cache": False}
+
+    def _is_step(self) -> bool:
+        """Whether a step of training runs: `generate` may run in training mode, too."""
+        return self.decoder.training and torch.is_grad_enabled()
+
     def _wants_cache(self, use_cache: bool | None, in_chunks: bool = False) -> bool:
         decoder = self.decoder
-        if decoder.training and in_chunks:
+        if decoder.training and in_chunks and not use_cache:
             return False
         if "past_key_values" not in self.parameters:
             return False

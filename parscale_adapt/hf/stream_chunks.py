@@ -21,7 +21,8 @@ from .engines import FrozenAliases, is_partitioned, unchanged_module_stack
 from .replay_room import ReplayRoom
 
 
-_LAYER_CHECKPOINT = "_gradient_checkpointing_func"  # which transformers gives to whatever it checkpoints
+# What transformers gives to whatever it checkpoints, and what torch's `CheckpointWrapper` has.
+_LAYER_CHECKPOINTS = ("_gradient_checkpointing_func", "checkpoint_fn")
 
 
 RunningChunk = Callable[[slice], AbstractContextManager[None]]
@@ -53,6 +54,7 @@ def run_in_chunks(
     Returns:
         As `run` gives it: `[P * B, T, H]`, and what else there is, laid out by row.
     """
+    running_chunk = _in_mode_of_forward(running_chunk, decoder)
     is_partitioned_here = any(is_partitioned(parameter) for parameter in decoder.parameters())
     if is_partitioned_here:
         running_chunk = _with_shares(running_chunk)
@@ -62,6 +64,7 @@ def run_in_chunks(
     if torch.is_grad_enabled() and not is_sharded:
         trained = [p for p in decoder.parameters() if p.requires_grad and p.grad is None]
         num_checkpointed = room.begin_step(num_streams, chunk_size, sum(parameter.nbytes for parameter in trained))
+        run = _with_the_same_parameters(run, decoder)
     devices = {parameter.device for parameter in decoder.parameters()}
     on_devices = [torch.empty(0, device=device) for device in devices if device.type != "meta"]
     outputs = []
@@ -76,6 +79,46 @@ def run_in_chunks(
             # The tensors say whose random states are restored.
             outputs.append(checkpoint(run_chunk, *on_devices, use_reentrant=False))
     return _joined(outputs)
+
+
+def _in_mode_of_forward(running_chunk: RunningChunk, decoder: nn.Module) -> RunningChunk:
+    """For a model that is in evaluation mode, say, when `backward` is called: its dropout would draw no mask again."""
+    was_training = {module: module.training for module in decoder.modules()}
+
+    @contextmanager
+    def running(chunk: slice) -> Iterator[None]:
+        changed = [] if decoder.training == was_training[decoder] else list(was_training)
+        now = {module: module.training for module in changed}
+        for module in changed:
+            module.training = was_training[module]
+        try:
+            with running_chunk(chunk):
+                yield
+        finally:
+            for module in changed:
+                module.training = now[module]
+
+    return running
+
+
+def _with_the_same_parameters(
+    run: Callable[[UniformLayout], Any], decoder: nn.Module
+) -> Callable[[UniformLayout], Any]:
+    """For parameters that stand in a module for one forward only, as by `torch.func.functional_call`."""
+    # But for those that accelerate brings for each call anew.
+    before = [parameter for parameter in decoder.parameters() if not parameter.is_meta]
+
+    def run_with_the_same(layout: UniformLayout) -> Any:
+        now = set(map(id, decoder.parameters()))
+        if not all(id(parameter) in now for parameter in before):
+            raise ValueError(
+                "Chunks of streams run once more in the backward pass, and the decoder has other parameters now than in its "
+                "forward pass: call `backward` before they are replaced (`torch.func.functional_call` puts them back), or "
+                "set `stream_chunk_size` to None."
+            )
+        return run(layout)
+
+    return run_with_the_same
 
 
 def _with_shares(running_chunk: RunningChunk) -> RunningChunk:
@@ -141,16 +184,19 @@ def _run_chunk(
 @contextmanager
 def _layers_know(layers: _LayersOfChunk, decoder: nn.Module) -> Iterator[None]:
     """Let what is checkpointed layer by layer inside the block go through `layers`."""
-    functions = {
-        module: vars(module)[_LAYER_CHECKPOINT] for module in decoder.modules() if _LAYER_CHECKPOINT in vars(module)
-    }
-    for module, function in functions.items():
-        setattr(module, _LAYER_CHECKPOINT, partial(layers.checkpoint, _in_one_graph(function)))
+    functions = [
+        (module, name, vars(module)[name])
+        for module in decoder.modules()
+        for name in _LAYER_CHECKPOINTS
+        if name in vars(module)
+    ]
+    for module, name, function in functions:
+        setattr(module, name, partial(layers.checkpoint, _in_one_graph(function)))
     try:
         yield
     finally:
-        for module, function in functions.items():
-            setattr(module, _LAYER_CHECKPOINT, function)
+        for module, name, function in functions:
+            setattr(module, name, function)
 
 
 def _in_one_graph(function: Callable) -> Callable:

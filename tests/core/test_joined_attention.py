@@ -93,3 +93,11 @@ def test_scores_are_joined_up_to_a_bound_on_their_number():
     bounds = {2: 65536, 5: 26214, 16: 8192}
     for (num_queries, bound), beyond in itertools.product(bounds.items(), (0, 1)):
         assert can_join(num_queries, bound + beyond) == (not beyond)
+
+
+def test_products_in_float16_do_not_overflow_before_they_are_scaled():
+    query, key, value, *prefix = states(1, 7, torch.float16)
+    query, key = torch.full_like(query, 150), torch.full_like(key, 70)  # products of 84,000, far above the prefix's
+    found, _ = attend_over_prefix_and_cache(query, key, value, tuple(prefix), None, None)
+    expected = value.mean(2).repeat_interleave(HEADS // KEY_VALUE_HEADS, 1)[:, None]
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-3)

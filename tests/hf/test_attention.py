@@ -107,6 +107,18 @@ def test_a_mask_hides_tokens_but_never_the_prefix(implementation, kind, rows_of_
     torch.testing.assert_close(attend(implementation, module, query, key, value, mask), expected)
 
 
+@pytest.mark.parametrize("length", [5, 20])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_a_mask_of_the_callers_own_may_differ_by_head(implementation, length):
+    """As of one stream after the other, which get the mask as it is."""
+    model = with_streams(tiny_model(implementation=implementation), 3)
+    mask = torch.randn(2, 4, length, length).masked_fill(~causal(length)[0], torch.finfo(torch.float32).min)
+    inputs = {"input_ids": random_tokens(2, length), "attention_mask": mask, "use_cache": False}
+    found = model(**inputs).logits
+    model.set_stream_chunk_size(1)
+    torch.testing.assert_close(found, model(**inputs).logits)
+
+
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_a_single_stream_gets_the_stock_function(implementation):
     module, (query, key, value) = attention_module(num_streams=1), random_states(5)

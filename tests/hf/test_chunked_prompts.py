@@ -112,6 +112,16 @@ def test_a_filled_cache_and_single_tokens_run_all_streams_at_once():
     torch.testing.assert_close(logits, model(input_ids=random_tokens(), use_cache=False).logits[:, 6:])
 
 
+def test_a_prompt_is_read_in_chunks_in_training_mode_too():
+    model = streams_of("qwen2", 3).train()
+    expected = generate(model, **padded())
+    rows = seen_rows(model)
+    model.set_stream_chunk_size(1)
+    for found, wanted in zip(generate(model, **padded()), expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    assert rows == [2, 2, 2] + 5 * [6]
+
+
 def test_recurrent_states_are_refused_where_a_prompt_is_read_in_chunks():
     model = with_streams(tiny_model("lfm2", layer_types=["conv", "full_attention"]), 2, stream_chunk_size=1)
     prompt = {"input_ids": random_tokens(), "max_new_tokens": 2, "do_sample": False}
