@@ -11,6 +11,8 @@ import torch
 from peft import get_peft_model
 
 from parscale_adapt import ParScaleConfig
+from parscale_adapt.analysis.fit import fit_law
+from parscale_adapt.analysis.runs import read_runs
 
 
 ROOT = Path(__file__).parents[2]
@@ -69,7 +71,12 @@ def lab():
         for count in STREAMS:
             loss = (1e6 / (num_params * (0.3 * math.log(count) + 1))) ** 0.2 + 1.5
             given = {"size": size, "num_streams": count, "status": "finished", "num_params": num_params, "loss": loss}
-            given |= {"tokens": 1000, "machine": "CPU", "rho": 0.99 if count > 1 else ""}
+            given |= {
+                "tokens": 10**6,
+                "machine": "CPU",
+                "rho": 0.99 if count > 1 else "",
+                "backbone_params": int(num_params),
+            }
             rows.append({column: str(given.get(column, "")) for column in COLUMNS})
     return rows
 
@@ -182,6 +189,22 @@ def test_the_law_section_has_the_fit_of_its_rows(page, lab, tmp_path):
     noisy = [{**row, "loss": str(float(row["loss"]) + 0.3 * (-1) ** i)} for i, row in enumerate(lab)]
     with_table(noisy, tmp_path)
     assert "explains only" in evidence_law.section(noisy, evidence_law.fits(tmp_path / "law_lab.csv"))
+
+
+def test_the_law_section_says_where_more_streams_did_not_help(page, lab, tmp_path):
+    import evidence_law
+
+    def loss(row):
+        return (1e6 / float(row["num_params"])) ** 0.2 + 1.5 + 0.01 * int(row["num_streams"])
+
+    worse = [{**row, "loss": str(loss(row))} for row in lab]
+    with_table(worse, tmp_path)
+    runs = read_runs(str(tmp_path / "law_lab.csv"))
+    text = evidence_law.section(worse, {form: fit_law(runs, form, num_bootstrap=2) for form in ("log", "diversity")})
+    assert "**They don't show that P helps**" in text
+    assert "P=2: +0.010, +0.010, +0.010; P=4: +0.030, +0.030, +0.030; P=8: +0.070, +0.070, +0.070" in text
+    assert "with 1 to 10 tokens for each parameter" in text
+    assert "The streams' gain of equation 5 is" not in text
 
 
 def with_table(lab, folder):
