@@ -222,9 +222,12 @@ def label_line_ends(axes: Axes, x: float, ends: Sequence[tuple[float, str, str]]
     for index, (value, _, _) in enumerate(ends):
         gap = (heights[index - 1] + heights[index]) / 2
         positions.append(max(value, positions[-1] + gap) if positions else value)
-    # Pushing only upwards would leave every label too high: move the crowded ones back by half of their shift.
+    # Pushing only upwards would leave every label too high: move the crowded ones back by half of their shift, within the axes.
     crowd = [index for index, (value, _, _) in enumerate(ends) if positions[index] > value]
-    shift = (positions[crowd[-1]] - ends[crowd[-1]][0]) / 2 if crowd else 0.0
+    shift = 0.0
+    if crowd:
+        first, last = crowd[0] - 1, crowd[-1]
+        shift = min((positions[last] - ends[last][0]) / 2, max(0.0, positions[first] - low - heights[first] / 2))
     for index, (_, name, colour) in enumerate(ends):
         is_crowded = bool(crowd) and crowd[0] - 1 <= index <= crowd[-1]
         axes.annotate(
