@@ -12,21 +12,18 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..checkpoints.belonging import check_belonging
 from ..checkpoints.folders import ADAPTER_CONFIG, find_kind, has_tokenizer
 from ..checkpoints.headers import ADAPTER_WEIGHTS, MODEL_WEIGHTS, TensorHeaders
 from ..checkpoints.sources import Source, find_source, load_backbone, load_source
 from ..checkpoints.whole import check_adapter_folder, check_backbone_folder, check_model_files
 from ..data import fingerprint_of_files
-from ..hf.fingerprint import shape_entry, tensor_entry
-from ..tuner.refusals import check_fingerprint
 from .settings import EvaluationSettings, named_entries
 
 
 PLAIN = "backbone"
-_IN_PEFT = "base_model.model."
 _TOKENIZER_FILES = ("*token*", "vocab*", "merges.txt", "chat_template*")
 
 
@@ -84,7 +81,9 @@ def find_field(settings: EvaluationSettings) -> Field:
     for entry in named_entries(settings.adapters, "adapters", ()):
         source = find_source(str(Path(entry["path"]).expanduser()), settings.backbone)
         check_adapter_folder(source.adapter)
-        _check_backbone_of(source, entry["path"])
+        if source.backbone is not None:
+            config = AutoConfig.from_pretrained(source.backbone)
+            check_belonging(source.adapter, source.config, source.backbone, config)
         sources[entry["name"]] = source
     if PLAIN in sources:
         raise ValueError(f"An adapter can't be called {PLAIN!r}, as the backbone is: give NAME=PATH.")
@@ -105,29 +104,6 @@ def find_field(settings: EvaluationSettings) -> Field:
         raise ValueError(f"An adapter can't be called as a number of beams is: give NAME=PATH, got {[*sources]}.")
     dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
     return Field(kind.folder, field, tokenizer, dtype)
-
-
-def _check_backbone_of(source: Source, name: str) -> None:
-    """Compare what the adapter says of its backbone with the backbone's files.
-
-    PEFT compares again when it loads. Tensors that the files know by other names are left to that.
-    """
-    expected, folder = source.config.backbone_fingerprint, source.backbone
-    if expected is None or folder is None:
-        return
-    files = TensorHeaders(folder).files
-    found = {"shape": shape_entry(AutoConfig.from_pretrained(folder))}
-    for tensor_name in expected.keys() & files.keys():
-        with safe_open(files[tensor_name], framework="pt") as file:
-            entry = tensor_entry(file.get_tensor(tensor_name))
-        if entry is not None:
-            found[tensor_name] = entry
-    brought = TensorHeaders(source.adapter, ADAPTER_WEIGHTS).files
-    ignored = {tensor_name for tensor_name in found if f"{_IN_PEFT}{tensor_name}" in brought}
-    try:
-        check_fingerprint(source.config, found, "backbone", ignored)
-    except ValueError as error:
-        raise ValueError(f"The adapter {name} does not belong to {folder}: {error}") from error
 
 
 def _load_tokenizer(

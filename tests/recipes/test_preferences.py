@@ -132,9 +132,7 @@ def test_a_reward_model_on_another_backbone_than_its_adapter_s_is_refused(recipe
     material.tokenizer().save_pretrained(tmp_path)
     options = {"adapter_name_or_path": tuned[False].output_dir, "model_name_or_path": tmp_path, **FROM_ADAPTER}
     result = recipes.run("reward", **material.pair_options(**options))
-    assert "was trained on another backbone than this Qwen2ForSequenceClassification" in refusal(
-        result, loads_weights=True
-    )
+    assert f"does not belong to {tmp_path}: The adapter was trained on another backbone" in refusal(result)
 
 
 @pytest.mark.parametrize("train_backbone", [False, True])
