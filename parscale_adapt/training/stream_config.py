@@ -139,6 +139,11 @@ class StreamDistillationConfig(StreamOptions, DistillationConfig):
         refuse_vllm(self)
         super().__post_init__()
 
+    @property
+    def samples_answers(self) -> bool:
+        """Whether the student's own answers are compared."""
+        return not self.train_on_data
+
 
 def refuse_vllm(training: GRPOConfig | DistillationConfig) -> None:
     """Refuse what would fail once an engine is up, what only such an engine reads, and answers without a token.

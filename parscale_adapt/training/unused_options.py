@@ -21,7 +21,7 @@ class UnusedOption:
         remedy: what to do instead.
         recipes: where it has none.
         allowed: values that may be given all the same, besides the default.
-        unless: an option that gives it an effect.
+        unless: an option or property that gives it an effect.
     """
 
     name: str
@@ -36,6 +36,16 @@ _PACKED = "rows are packed already, each document apart, so leave it out"
 _PUSHED = "the final folder is pushed once, when it is complete, so leave it out"
 _MASK = "choose what is trained with --train_on"
 _SAMPLING = (GRPO, DISTILL)
+_SAMPLING_OPTIONS = (  # the temperature is that of the divergence as well
+    "max_completion_length",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "generation_kwargs",
+    "cache_implementation",
+    "ds3_gather_for_generation",
+)
 _REFERENCE_OPTIONS = ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps")
 UNUSED_OPTIONS = (
     UnusedOption("model_init_kwargs", _LOADING),
@@ -84,6 +94,15 @@ UNUSED_OPTIONS = (
     UnusedOption("teacher_model_revision", "the teacher is an adapter in a folder, so leave it out", (DISTILL,)),
     UnusedOption(
         "teacher_model_init_kwargs", "the teacher runs on the student's backbone, so leave it out", (DISTILL,)
+    ),
+    *(
+        UnusedOption(
+            name,
+            "the answers of the data are compared and none is sampled, so leave it or --train_on_data out",
+            (DISTILL,),
+            unless="samples_answers",
+        )
+        for name in _SAMPLING_OPTIONS
     ),
 )
 

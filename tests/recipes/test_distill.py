@@ -93,7 +93,9 @@ def test_a_teacher_of_another_backbone_is_refused(recipes, material, teacher, tm
     material.tokenizer().save_pretrained(tmp_path)
     result = recipes.run("distill", **material.distillation_options(teacher, model_name_or_path=tmp_path))
     sentence = refusal(result)
-    assert f"The adapter {teacher} does not belong to {tmp_path}: The adapter was trained on another backbone" in sentence
+    assert (
+        f"The adapter {teacher} does not belong to {tmp_path}: The adapter was trained on another backbone" in sentence
+    )
 
 
 def test_teachers_that_can_not_share_a_backbone_are_refused(recipes, material, tmp_path):

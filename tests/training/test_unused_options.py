@@ -6,6 +6,7 @@ import pathlib
 import pytest
 from trl import DistillationConfig, DPOConfig, GRPOConfig, RewardConfig, SFTConfig
 
+from parscale_adapt.training.stream_config import StreamDistillationConfig
 from parscale_adapt.training.unused_options import (
     CPT,
     DISTILL,
@@ -36,6 +37,14 @@ VALUES = {
     "transformers_continuous_batching_config": {"page_size": 32},
     "chat_template_kwargs": {"enable_thinking": False},
     "teacher_model_init_kwargs": {"dtype": "float32"},
+    "max_completion_length": 16,
+    "top_p": 0.9,
+    "top_k": 5,
+    "min_p": 0.1,
+    "repetition_penalty": 1.5,
+    "generation_kwargs": {"num_beams": 2},
+    "cache_implementation": "static",
+    "ds3_gather_for_generation": False,
 }
 CONFIGS = {
     CPT: SFTConfig,
@@ -48,7 +57,10 @@ CONFIGS = {
 
 
 def arguments(folder, recipe=SFT, **options):
-    return CONFIGS[recipe](output_dir=str(folder), report_to="none", use_cpu=True, bf16=False, **options)
+    config = StreamDistillationConfig if recipe == DISTILL else CONFIGS[recipe]
+    if recipe == DISTILL:
+        options = {"train_on_data": True, **options}
+    return config(output_dir=str(folder), report_to="none", use_cpu=True, bf16=False, **options)
 
 
 @pytest.mark.parametrize("option", UNUSED_OPTIONS, ids=lambda option: f"{option.name}-{'-'.join(option.recipes)}")
@@ -71,6 +83,9 @@ def test_the_defaults_and_what_has_an_effect_are_taken(tmp_path):
         "use_transformers_continuous_batching": True,
     }
     refuse_unused_options(arguments(tmp_path, GRPO, **batched), GRPO)
+    refuse_unused_options(
+        arguments(tmp_path, DISTILL, train_on_data=False, top_p=0.9, max_completion_length=8), DISTILL
+    )
 
 
 EFFECTIVE = {
