@@ -252,7 +252,6 @@ class Material:
             "heldout_dataset": self.heldout_questions,
             "teacher_model_name_or_path": teacher,
             "train_on_data": True,
-            "max_completion_length": 8,
             "max_length": 256,
             "beta": 0.0,
             "learning_rate": 1e-2,

@@ -28,7 +28,13 @@ def described_runs(folder, material, teacher, engine):
     on_engine = {"fsdp_on_cpu": engine == "fsdp2", **SAVES}
     grpo = material.prompt_options(**on_engine, **GRPO)
     distill = material.distillation_options(teacher, **on_engine, **TWO_PROCESSES, gradient_checkpointing=True)
-    own_answers = {"train_on_data": False, "max_steps": 2, "num_streams": 1, "lora": '{"r": 2}'}
+    own_answers = {
+        "train_on_data": False,
+        "max_completion_length": 8,
+        "max_steps": 2,
+        "num_streams": 1,
+        "lora": '{"r": 2}',
+    }
     return {
         "grpo": ("grpo", grpo),
         "grpo resumed": ("grpo", {**grpo, "resume_from_checkpoint": folder / "grpo" / "checkpoint-2"}),
