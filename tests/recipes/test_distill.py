@@ -61,7 +61,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(recipes, material, teac
     options = material.distillation_options(
         teacher, train_on_data=train_on_data, dataset_name=data, max_steps=6, gradient_accumulation_steps=2, **SAVES
     )
-    options |= {"per_device_train_batch_size": 2, **({} if train_on_data else {"max_completion_length": 8})}
+    options |= {"per_device_train_batch_size": 2}
     whole = recipes.run("distill", tmp_path / "whole", **options).check()
     killed = recipes.run("distill", tmp_path / "killed", kill_at_batch=9, **options)
     resumed = recipes.run("distill", tmp_path / "killed", resume_from_checkpoint=True, **options).check()

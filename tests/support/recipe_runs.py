@@ -246,7 +246,7 @@ class Material:
         return self.options(**{**data, **changes})
 
     def distillation_options(self, teacher: Path, **changes: Any) -> dict[str, Any]:
-        """A short run of `distill.py` in float32 on the data's answers; the global batch is 4 rows."""
+        """A short run of `distill.py` in float32, on the data's answers or short ones of its own; the global batch is 4 rows."""
         data = {
             "dataset_name": self.questions,
             "heldout_dataset": self.heldout_questions,
@@ -256,7 +256,8 @@ class Material:
             "beta": 0.0,
             "learning_rate": 1e-2,
         }
-        return self.options(**{**data, **changes})
+        own = {} if changes.get("train_on_data", True) else {"max_completion_length": 8}
+        return self.options(**{**data, **own, **changes})
 
     def options(self, **changes: Any) -> dict[str, Any]:
         """What all recipes are given."""
