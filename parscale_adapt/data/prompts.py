@@ -21,6 +21,18 @@ from .sources import is_json_rows
 
 PROMPT_FORMATS = ("chat", "text")
 PROMPT = "prompt"  # the column that trainers read
+# Columns that TRL would take for images, or that have the name of a keyword with which it calls reward functions.
+_TAKEN_NAMES = (
+    "image",
+    "images",
+    "prompts",
+    "completions",
+    "trainer_state",
+    "log_extra",
+    "log_metric",
+    "environments",
+)
+_NOT_HANDED_ON = ("completion", "completion_ids")  # TRL's own names, which no reward function gets
 
 
 @dataclass(frozen=True)
@@ -74,6 +86,9 @@ def prepare_prompts(
         if is_kept:
             kept.append(row)
     _tell_left_out(counts, settings.max_length, name)
+    for column in _NOT_HANDED_ON:
+        if any(column in row for row in kept):
+            say(f"{name}: no reward function gets the column `{column}`, a name of TRL's: rename it if one needs it.")
     report = TokenReport([name], is_one_pass=True)
     report.add(0, **counts, epochs=1)
     return _as_dataset(kept, name), report
@@ -105,6 +120,9 @@ def _prompt(row: Mapping[str, Any], settings: PromptSettings, is_arrow: bool) ->
         raise RowError(
             f"the row has the columns `{field}` and `{PROMPT}`, either of which may be the question: drop one"
         )
+    taken = [column for column in _TAKEN_NAMES if row.get(column) is not None and column != field]
+    if taken:
+        raise RowError(f"the column `{taken[0]}` has a name that TRL uses for something else: rename it, or drop it")
     value = row[field]
     if isinstance(value, str):
         if not value:

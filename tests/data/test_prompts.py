@@ -64,6 +64,14 @@ def test_long_questions_are_left_out_and_told(tokenizer, capsys):
         prepared(rows, tokenizer, max_length=1, prompt_format="text")
 
 
+def test_a_column_that_no_reward_function_gets_is_told(tokenizer, capsys):
+    prompts, _ = prepared([{"prompt": "1+", "completion": "1", "answer": "1"}], tokenizer)
+    assert prompts["answer"][:] == ["1"]
+    told = capsys.readouterr().out
+    assert "no reward function gets the column `completion`, a name of TRL's: rename it if one needs it" in told
+    assert "answer" not in told
+
+
 QUESTION = [{"role": "user", "content": "1+1?"}]
 
 
@@ -78,6 +86,12 @@ QUESTION = [{"role": "user", "content": "1+1?"}]
         ({"prompt": [*QUESTION, {"role": "assistant", "content": "2"}]}, {}, "ends with an answer of the assistant"),
         ({"prompt": QUESTION}, {"prompt_format": "text"}, "`prompt` must hold text with `prompt_format='text'`"),
         ({"prompt": "a", "question": "b"}, {"prompt_field": "question"}, "has the columns `question` and `prompt`"),
+        (
+            {"prompt": "a", "image": "b"},
+            {},
+            "the column `image` has a name that TRL uses for something else: rename it",
+        ),
+        ({"prompt": "a", "completions": "b"}, {}, "the column `completions` has a name that TRL uses"),
     ],
 )
 def test_rows_that_ask_nothing_are_refused(tokenizer, row, fields, sentence):
