@@ -58,7 +58,7 @@ fits it: {diversity.law.as_dict()["rho"]:.4f}.
 def _gain(rows: Sequence[dict[str, str]], log: Fit) -> str:
     k = log.law.as_dict()["k"]
     paper = "(the paper's is 0.39 on code and 0.33 on text)"
-    if "k" not in log.undetermined:
+    if k > 0:
         return f"The streams' gain of equation 5 is k = {k:.2f} {paper}."
     losses = {(row["size"], int(row["num_streams"])): float(row["loss"]) for row in rows if row["status"] == FINISHED}
     changes = {
@@ -71,9 +71,9 @@ def _gain(rows: Sequence[dict[str, str]], log: Fit) -> str:
     tokens, sizes = int(rows[0]["tokens"]), [int(row["backbone_params"]) for row in rows]
     return (
         f"**They don't show that P helps**: the streams' gain k of equation 5 {paper} ends on the edge of its range at {k:.2f}. "
-        f"Against one stream of the same backbone the loss changes by these nats, smallest size first: {told}. That is "
-        "no order of P, and each is one run whose seed alone may move it as much. Streams that started as small random "
-        "prefixes have hardly come apart here (see the correlation), with "
+        f"Against one stream of the same backbone the loss changes by these nats, smallest size first: {told}. Each "
+        "is one run, and how far a seed alone moves it was not measured. How little the streams came apart is told by the "
+        "correlation below, with "
         f"{tokens / max(sizes):.0f} to {tokens / min(sizes):.0f} tokens for each parameter; the paper's smallest models have "
         "half a billion parameters and read 42 billion."
     )

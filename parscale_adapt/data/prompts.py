@@ -120,7 +120,7 @@ def _prompt(row: Mapping[str, Any], settings: PromptSettings, is_arrow: bool) ->
         raise RowError(
             f"the row has the columns `{field}` and `{PROMPT}`, either of which may be the question: drop one"
         )
-    taken = [column for column in _TAKEN_NAMES if row.get(column) is not None and column != field]
+    taken = [column for column in _TAKEN_NAMES if column in row and column != field]
     if taken:
         raise RowError(f"the column `{taken[0]}` has a name that TRL uses for something else: rename it, or drop it")
     value = row[field]

@@ -4,10 +4,13 @@ import os
 import pathlib
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
+from matplotlib.figure import Figure
 
 import parscale_adapt
+from parscale_adapt.analysis.plots import label_line_ends
 
 
 PACKAGE = pathlib.Path(parscale_adapt.__file__).parent
@@ -56,3 +59,13 @@ def test_no_module_asks_for_global_state():
     sources = {path: path.read_text() for path in PACKAGE.rglob("*.py")}
     for word in ("pyplot", "matplotlib.use(", "rcParams"):
         assert [str(path) for path, source in sources.items() if word in source] == []
+
+
+def test_names_of_lines_that_end_together_stay_within_the_axes():
+    axes = Figure().subplots()
+    axes.set_ylim(1, 2)
+    label_line_ends(axes, 0.5, [(1.01, f"P = {count}", "black") for count in (1, 2, 4, 8)])
+    heights = [text.xy[1] for text in axes.texts]
+    assert len(heights) == 4
+    assert 1 <= min(heights) < max(heights) <= 2
+    assert all(higher - lower >= 0.06 - 1e-9 for lower, higher in pairwise(sorted(heights)))

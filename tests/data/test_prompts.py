@@ -91,6 +91,7 @@ QUESTION = [{"role": "user", "content": "1+1?"}]
             {},
             "the column `image` has a name that TRL uses for something else: rename it",
         ),
+        ({"prompt": "a", "images": None}, {}, "the column `images` has a name that TRL uses"),
         ({"prompt": "a", "completions": "b"}, {}, "the column `completions` has a name that TRL uses"),
     ],
 )

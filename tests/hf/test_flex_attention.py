@@ -16,6 +16,7 @@ from transformers import StaticCache
 
 from parscale_adapt import ParScaleConfig
 from parscale_adapt.hf import prefixed_attention
+from parscale_adapt.hf.prefixed_attention import AttentionInputs
 
 
 SIZES = {"hidden_size": 64, "head_dim": 16}
@@ -129,8 +130,9 @@ def test_cached_generation_gives_the_tokens_of_eager_attention_without_a_cache(m
 
 
 @pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("is_padded", [False, True])
 @pytest.mark.parametrize("model_type", ["qwen2", "mistral"])
-def test_decoding_copies_no_key(model_type, monkeypatch):
+def test_decoding_copies_no_key(model_type, is_padded, monkeypatch):
     """The prefix is put in front of keys once, for the prompt; the stock function, which wants one tensor, runs then only."""
     model, lengths = flex_streams(model_type), []
     put = prefixed_attention._put_prefix_first
@@ -140,13 +142,29 @@ def test_decoding_copies_no_key(model_type, monkeypatch):
         return put(inputs)
 
     monkeypatch.setattr(prefixed_attention, "_put_prefix_first", counted)
-    model.generate(**left_padded(), **GREEDY)
+    model.generate(**(left_padded() if is_padded else {"input_ids": random_tokens(2, 9)}), **GREEDY)
     assert set(lengths) == {left_padded()["input_ids"].shape[1]}
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])
+def test_attention_sinks_are_left_to_the_stock_function(implementation):
+    def stock(module, query, key, value, mask, **options):
+        assert options["s_aux"] is sinks
+        return query.transpose(1, 2), None
+
+    sinks, states = torch.zeros(2), torch.randn(1, 2, 1, 4)
+    cached, prefix = torch.randn(1, 2, 5, 4), (torch.randn(1, 2, 3, 4),) * 2
+    mask = torch.ones(1, 1, 1, 5, dtype=torch.bool)
+    inputs = AttentionInputs(stock, None, states, cached, cached, mask, {"s_aux": sinks}, prefix)
+    output, _ = prefixed_attention.FAMILIES[implementation](inputs)
+    assert torch.equal(output, states.transpose(1, 2))
+
+
 @pytest.mark.usefixtures("uncompiled")
-def test_a_static_cache_and_pieces_give_the_logits_of_one_call():
-    model, input_ids = flex_streams("mistral"), random_tokens(2, 12)
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_a_static_cache_and_pieces_give_the_logits_of_one_call(model_type):
+    """Gemma 2 caps its scores, which the stock function does, with a mask that is added to them."""
+    model, input_ids = flex_streams(model_type), random_tokens(2, 12)
     expected = model(input_ids=input_ids, use_cache=False).logits
     cache = StaticCache(config=model.config, max_cache_len=16)
     pieces = [model(input_ids=piece, past_key_values=cache).logits for piece in input_ids.split([7, 1, 4], dim=1)]
