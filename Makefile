@@ -68,7 +68,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Half an hour on a machine that does nothing else; writes its part of docs/benchmarks.md.
+# About 20 minutes on a machine that does nothing else; writes its part of docs/benchmarks.md.
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/bench.py --json bench.json --page docs/benchmarks.md
 

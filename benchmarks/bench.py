@@ -12,7 +12,6 @@ import platform
 import shlex
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import decode_cases
@@ -21,7 +20,7 @@ import torch
 import train_cases
 from bench_page import show, write_page
 from limits import Limits, measure_limits
-from train_step import describe_machine
+from timing import describe_machine
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -82,9 +81,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    # The plain backbone is measured in the model that trains, and checkpointing is switched by the name that all versions have.
-    for message in ("Adapter .* is switched off while it trains", ".*gradient_checkpointing.* is deprecated"):
-        warnings.filterwarnings("ignore", message)
+    train_cases.ignore_warnings()
     figures = json.loads(Path(args.from_json).read_text()) if args.from_json else run(args)
     if args.json:
         Path(args.json).write_text(json.dumps(figures, indent=2))

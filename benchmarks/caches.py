@@ -19,8 +19,8 @@ import torch
 from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
+from timing import describe_machine
 from torch.nn import functional as F
-from train_step import describe_machine
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache, PreTrainedConfig, QuantizedCache
 
 from parscale_adapt import ParScaleConfig

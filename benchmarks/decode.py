@@ -16,12 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from backbone import build_backbone, random_ids
 from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
+from timing import describe_machine, synchronize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from train_step import build_backbone, describe_machine, random_ids, synchronize
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from parscale_adapt import ParScaleConfig

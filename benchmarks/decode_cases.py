@@ -6,9 +6,10 @@ import statistics
 from dataclasses import dataclass, field
 
 import torch
+from backbone import build_backbone, random_ids
 from limits import ForwardPass, Limits, forward_work, seconds_at_limit
 from peft import get_peft_model
-from train_step import build_backbone, random_ids, seconds
+from timing import seconds
 from transformers import DynamicCache, PreTrainedConfig, StaticCache
 
 from parscale_adapt import ParScaleConfig

@@ -5,7 +5,7 @@ import time
 from typing import NamedTuple
 
 import torch
-from train_step import synchronize
+from timing import synchronize
 from transformers import PreTrainedConfig
 
 

@@ -26,10 +26,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import openai
+from backbone import build_backbone
 from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
-from train_step import build_backbone, describe_machine
+from timing import describe_machine
 from transformers import AutoModelForCausalLM
 
 from parscale_adapt import ParScaleConfig

@@ -5,7 +5,7 @@ import gc
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from train_cases import CHUNKS, PLAIN, STREAMS, TrainCase, TrainModel
+from train_cases import CHUNKS, PLAIN, STREAMS, TrainCase, TrainModel, num_warmups
 
 
 # By the first of these words that the name of an operation has.
@@ -31,7 +31,7 @@ def profile_steps(args: argparse.Namespace) -> list[dict]:
         for kind in KINDS:
             case = TrainCase(kind, is_full, num_streams, is_checkpointed=False)
             model.prepare(case)
-            for _ in range(2):
+            for _ in range(num_warmups(kind)):
                 model.step(case)
             rows.append(
                 {

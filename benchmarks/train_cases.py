@@ -6,15 +6,17 @@ import gc
 import multiprocessing
 import re
 import statistics
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from backbone import build_backbone, random_ids
 from limits import ForwardPass, Limits, forward_work, seconds_at_limit
 from peft import LoraConfig, get_peft_model
+from timing import seconds
 from torch.nn import functional as F
-from train_step import build_backbone, random_ids, seconds
 from transformers import PreTrainedConfig
 
 from parscale_adapt import ParScaleConfig
@@ -83,6 +85,13 @@ class TrainModel:
         self.optimizer.zero_grad()
 
 
+def ignore_warnings() -> None:
+    """The plain backbone is measured in the model that trains, and checkpointing is switched by the name that all versions
+    have."""
+    for message in ("Adapter .* is switched off while it trains", ".*gradient_checkpointing.* is deprecated"):
+        warnings.filterwarnings("ignore", message)
+
+
 def train_cases(args: argparse.Namespace) -> list[TrainCase]:
     """In the order in which they run: those of one model together."""
     cases = [TrainCase(LORA, False, 1, is_checkpointed) for is_checkpointed in (False, True)]
@@ -93,20 +102,27 @@ def train_cases(args: argparse.Namespace) -> list[TrainCase]:
     return cases
 
 
+def num_warmups(kind: str) -> int:
+    """Steps before the first that is measured: one makes the optimizer's states, and chunks look at the step before."""
+    return 2 if kind == CHUNKS else 1
+
+
 def groups_of(cases: list[TrainCase]) -> list[list[TrainCase]]:
     keys = dict.fromkeys((case.is_full, case.num_streams) for case in cases)
     return [[case for case in cases if (case.is_full, case.num_streams) == key] for key in keys]
 
 
 def measure_times(cases: list[TrainCase], args: argparse.Namespace) -> None:
-    """Steps of one model take turns; two of each are the warm-up, since chunks look at the step before."""
+    """Steps of one model take turns, from the first to the last and back, so that none always comes later."""
     for group in groups_of(cases):
         model = TrainModel(args, group[0].num_streams, group[0].is_full)
-        for repeat in range(args.train_repeats + 2):
-            for case in group:
+        for repeat in range(-2, args.train_repeats):
+            for case in group if repeat % 2 else reversed(group):
+                if repeat < -num_warmups(case.kind):
+                    continue
                 model.prepare(case)
                 time = seconds(lambda model=model, case=case: model.step(case), args.device)
-                if repeat >= 2:
+                if repeat >= 0:
                     case.times.append(time)
         del model
         gc.collect()
@@ -129,17 +145,17 @@ def measure_peaks(cases: list[TrainCase], args: argparse.Namespace) -> None:
         process.join()
 
 
-def _two_steps(case: TrainCase, args: argparse.Namespace) -> TrainModel:
+def _warmed_up(case: TrainCase, args: argparse.Namespace) -> TrainModel:
     model = TrainModel(args, case.num_streams, case.is_full)
     model.prepare(case)
-    for _ in range(2):
+    for _ in range(num_warmups(case.kind)):
         model.step(case)
     gc.collect()
     return model
 
 
 def _peak_on_gpu(case: TrainCase, args: argparse.Namespace) -> float:
-    model = _two_steps(case, args)
+    model = _warmed_up(case, args)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     model.step(case)
@@ -148,7 +164,7 @@ def _peak_on_gpu(case: TrainCase, args: argparse.Namespace) -> float:
 
 def _send_peak(case: TrainCase, args: argparse.Namespace, sender) -> None:
     ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 2**16)  # so that what is freed goes back to the system at once
-    model = _two_steps(case, args)
+    model = _warmed_up(case, args)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = _status_mib("VmRSS")
     model.step(case)

@@ -1,4 +1,4 @@
-"""Memory and time of a training step whose streams run in chunks, beside the plain backbone on the same B rows.
+"""Memory and time of a training step with streams, in chunks and all at once, beside the plain backbone on B and P * B rows.
 
     python benchmarks/train_memory.py
 
@@ -10,16 +10,18 @@ import argparse
 import statistics
 
 import torch
+from backbone import build_backbone, random_ids
 from decode import LiveTensors
 from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
-from train_step import build_backbone, describe_machine, random_ids, seconds
+from timing import describe_machine, seconds
 
 from parscale_adapt import ParScaleConfig
 
 
-KINDS = ("plain backbone", "in chunks", "all at once")
+PLAIN, PLAIN_ROWS, CHUNKS, WHOLE = "plain backbone, B rows", "plain backbone, P * B rows", "in chunks", "all at once"
+KINDS = (PLAIN, PLAIN_ROWS, CHUNKS, WHOLE)
 
 
 class Step:
@@ -33,8 +35,9 @@ class Step:
 
     def __init__(self, kind: str, train_backbone: bool, args: argparse.Namespace):
         model = build_backbone(args)
-        if kind != "plain backbone":
-            size = args.chunk_size if kind == "in chunks" else None
+        is_plain = kind in (PLAIN, PLAIN_ROWS)
+        if not is_plain:
+            size = args.chunk_size if kind == CHUNKS else None
             config = ParScaleConfig(
                 num_streams=args.num_streams, train_backbone=train_backbone, stream_chunk_size=size
             )
@@ -45,7 +48,8 @@ class Step:
         if not train_backbone:
             model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.model, self.input_ids = model, random_ids(args, args.batch_size)
+        num_rows = args.num_streams * args.batch_size if kind == PLAIN_ROWS else args.batch_size
+        self.model, self.input_ids = model, random_ids(args, num_rows)
         self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
         for parameter in model.parameters():  # so that the optimizer makes its states
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
@@ -84,7 +88,7 @@ def main() -> None:
     args = parser.parse_args()
 
     table = Table(
-        "training", "step", "peak (MiB)", "of plain", "time (s)", "of all at once", title=describe_machine(args)
+        "training", "step", "peak (MiB)", "of B rows", "time (s)", "of all at once", title=describe_machine(args)
     )
     for train_backbone in (False, True):
         steps = {kind: Step(kind, train_backbone, args) for kind in KINDS}
@@ -96,9 +100,9 @@ def main() -> None:
                 "full" if train_backbone else "frozen",
                 kind,
                 f"{peaks[kind]:.0f}",
-                f"{peaks[kind] / peaks['plain backbone']:.2f}",
+                f"{peaks[kind] / peaks[PLAIN]:.2f}",
                 f"{times[kind]:.2f}" if times else "",
-                f"{times[kind] / times['all at once']:.2f}" if times else "",
+                f"{times[kind] / times[WHOLE]:.2f}" if times else "",
             )
     Console().print(table)
 

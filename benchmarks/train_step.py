@@ -1,90 +1,50 @@
-"""Time a ParScale training step against a step of the plain backbone on a batch of P * B rows.
+"""Time a training step of P streams against one of the plain backbone on P * B rows, with B rows at the LM head of both.
 
     python benchmarks/train_step.py
+    python benchmarks/train_step.py --hidden_size 1536 --intermediate_size 8960 --num_heads 12
 
-Both see the same tokens per stream and run interleaved in one process; the ratio of the medians is printed. The frozen
-baseline is the plain backbone with frozen weights and gradients flowing back to its embeddings, as any adapter needs.
+The second has layers of the shape of Qwen2.5-1.5B. Both steps are run by one model, in turn, each first in every other
+round. The frozen plain backbone has gradients flowing back to its embeddings, as any adapter needs. The last column is the
+ratio of the arithmetic alone: each query looks at the prefix, too, and the aggregator is one more part.
 """
 
 import argparse
-import platform
 import statistics
-import time
 
-import torch
-import transformers
-from peft import get_peft_model
+from limits import ForwardPass, forward_work
 from rich.console import Console
 from rich.table import Table
-from transformers import Qwen2Config, Qwen2ForCausalLM
-
-from parscale_adapt import ParScaleConfig
-
-
-def build_backbone(args: argparse.Namespace) -> Qwen2ForCausalLM:
-    """Random weights; `intermediate_size` and `num_heads` may be left out, as scripts for small shapes do."""
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=args.vocab_size,
-        hidden_size=args.hidden_size,
-        intermediate_size=getattr(args, "intermediate_size", None) or args.hidden_size * 8 // 3 // 32 * 32,
-        num_hidden_layers=args.num_layers,
-        num_attention_heads=getattr(args, "num_heads", None) or args.hidden_size // 64,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-    )
-    with torch.device(args.device):
-        return Qwen2ForCausalLM(config).to(getattr(torch, args.dtype)).train()
+from timing import describe_machine
+from train_cases import PLAIN, STREAMS, TrainCase, build_config, ignore_warnings, measure_times
 
 
-def make_step(model: torch.nn.Module, input_ids: torch.Tensor):
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
-
-    def step() -> None:
-        loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+COLUMNS = ("training", "P", "plain backbone, P * B rows (s)", "streams (s)", "of plain", "by arithmetic")
 
 
-def plain_step(args: argparse.Namespace, num_streams: int, train_backbone: bool):
-    model = build_backbone(args)
-    if not train_backbone:
-        model.requires_grad_(False)
-        model.enable_input_require_grads()
-        model.lm_head.register_parameter("probe", torch.nn.Parameter(torch.zeros(1, device=args.device)))
-    return make_step(model, random_ids(args, num_streams * args.batch_size))
+def arithmetic_ratio(args: argparse.Namespace, num_streams: int) -> float:
+    """Operations of a forward pass of P streams, by those of the plain backbone on P * B rows."""
+    config, (batch_size, num_tokens) = build_config(args), (args.batch_size, args.seq_len)
+    rows = ForwardPass(1, num_streams * batch_size, num_tokens, num_head_tokens=0)
+    head = 2 * config.vocab_size * config.hidden_size * batch_size * num_tokens
+    plain = sum(part.flops for part in forward_work(config, 1, rows)) + head
+    streams = forward_work(config, 1, ForwardPass(num_streams, batch_size, num_tokens))
+    return sum(part.flops for part in streams) / plain
 
 
-def parscale_step(args: argparse.Namespace, num_streams: int, train_backbone: bool):
-    config = ParScaleConfig(task_type="CAUSAL_LM", num_streams=num_streams, train_backbone=train_backbone)
-    return make_step(get_peft_model(build_backbone(args), config), random_ids(args, args.batch_size))
-
-
-def random_ids(args: argparse.Namespace, num_rows: int) -> torch.Tensor:
-    return torch.randint(args.vocab_size, (num_rows, args.seq_len), device=args.device)
-
-
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def seconds(step, device: str) -> float:
-    synchronize(device)
-    start = time.perf_counter()
-    step()
-    synchronize(device)
-    return time.perf_counter() - start
-
-
-def describe_machine(args: argparse.Namespace) -> str:
-    return (
-        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, {args.dtype} on {args.device}"
-    )
+def cells(plain: TrainCase, streams: TrainCase, by_arithmetic: float) -> list[str]:
+    """One row of the table: medians with the lowest and highest, and the ratio of the medians."""
+    times = [
+        f"{statistics.median(case.times):.3f} ({min(case.times):.3f} to {max(case.times):.3f})"
+        for case in (plain, streams)
+    ]
+    ratio = statistics.median(streams.times) / statistics.median(plain.times)
+    return [
+        "full" if streams.is_full else "frozen",
+        str(streams.num_streams),
+        *times,
+        f"{ratio:.3f}",
+        f"{by_arithmetic:.3f}",
+    ]
 
 
 def main() -> None:
@@ -93,35 +53,23 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--seq_len", type=int, default=512)
     parser.add_argument("--hidden_size", type=int, default=512)
+    parser.add_argument("--intermediate_size", type=int, help="8/3 of the hidden size by default")
+    parser.add_argument("--num_heads", type=int, help="heads of size 64 by default")
     parser.add_argument("--num_layers", type=int, default=8)
     parser.add_argument("--vocab_size", type=int, default=16384)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--checkpointed", action="store_true", help="checkpoint the layers of both")
+    parser.add_argument("--train_repeats", type=int, default=7)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     args = parser.parse_args()
+    ignore_warnings()
 
-    table = Table(
-        "training",
-        "P",
-        "plain on P*B rows (s)",
-        "ParScale on B rows (s)",
-        "ratio",
-        title=describe_machine(args),
-    )
-    for train_backbone in (False, True):
+    table = Table(*COLUMNS, title=describe_machine(args))
+    for is_full in (False, True):
         for num_streams in args.streams:
-            steps = [build(args, num_streams, train_backbone) for build in (plain_step, parscale_step)]
-            for step in steps:
-                step()
-            times = [[seconds(step, args.device) for step in steps] for _ in range(args.repeats)]
-            plain, parscale = (statistics.median(column) for column in zip(*times))
-            table.add_row(
-                "full" if train_backbone else "frozen",
-                str(num_streams),
-                f"{plain:.3f}",
-                f"{parscale:.3f}",
-                f"{parscale / plain:.2f}",
-            )
+            pair = [TrainCase(kind, is_full, num_streams, args.checkpointed) for kind in (PLAIN, STREAMS)]
+            measure_times(pair, args)
+            table.add_row(*cells(*pair, arithmetic_ratio(args, num_streams)))
     Console().print(table)
 
 

@@ -49,20 +49,51 @@ def decoding(tmp_path_factory):
 
 
 def test_the_training_benchmark_prints_a_ratio_for_frozen_and_full_training():
-    output = run("train_step.py", "--streams", "2", "--seq_len", "8", "--repeats", "1")
+    output = run("train_step.py", "--streams", "2", "4", "--seq_len", "8", "--train_repeats", "3")
     assert f"torch {torch.__version__}" in output
     rows = table_rows(output)
-    assert [row[:2] for row in rows] == [["frozen", "2"], ["full", "2"]]
-    assert all(float(cell) > 0 for row in rows for cell in row[2:])
+    assert [row[:2] for row in rows] == [[training, str(count)] for training in ("frozen", "full") for count in (2, 4)]
+    for row in rows:
+        plain, streams = ([float(number) for number in re.findall(r"\d+\.\d+", cell)] for cell in row[2:4])
+        assert all(0 < lowest <= median <= highest for median, lowest, highest in (plain, streams))
+        assert 0 < float(row[4]) == pytest.approx(streams[0] / plain[0], rel=0.5)  # of rounded medians
+    # Per token and stream of one layer of hidden size 128: its matrices, four times the keys seen (half of 8 and half an own
+    # one) times 128, and a share of the LM head; with a prefix of 48 keys and the aggregator's 128 + 1 outputs on top.
+    matrices = 2 * (2 * 128 * 128 + 2 * 128 * 128 + 3 * 128 * 320)
+    for count, row in zip((2, 4), rows[:2]):
+        plain = matrices + 4 * 4.5 * 128 + 2 * 64 * 128 / count
+        assert float(row[5]) == pytest.approx(1 + (4 * 48 * 128 + 2 * 128 * 129) / plain, abs=1e-3)
 
 
-def test_the_memory_benchmark_prints_peaks_and_times_of_chunks_and_of_the_plain_backbone():
+@pytest.mark.parametrize("is_full", [False, True])
+def test_steps_that_are_compared_have_as_many_rows_in_the_decoder_and_at_the_head(monkeypatch, is_full):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    from train_cases import CHUNKS, PLAIN, STREAMS, TrainCase, TrainModel
+
+    shape = {"hidden_size": 128, "num_layers": 1, "vocab_size": 64, "batch_size": 2, "seq_len": 8}
+    model = TrainModel(Namespace(**shape, device="cpu", dtype="float32"), 3, is_full)
+    base, rows = model.model.get_base_model(), {"decoder": [], "head": []}
+    for name, module in (("decoder", base.model.layers[0]), ("head", base.lm_head)):
+        module.register_forward_hook(lambda module, args, output, name=name: rows[name].append(args[0].shape[:2]))
+    seen = {}
+    for kind in (PLAIN, STREAMS, CHUNKS):
+        case = TrainCase(kind, is_full, 3, is_checkpointed=False)
+        model.prepare(case)
+        model.step(case)
+        seen[kind], rows["decoder"], rows["head"] = dict(rows), [], []
+    assert seen[PLAIN] == seen[STREAMS] == {"decoder": [(3 * 2, 8)], "head": [(2, 8)]}
+    assert seen[CHUNKS]["head"] == [(2, 8)]
+    assert set(seen[CHUNKS]["decoder"]) == {(2, 8)}
+
+
+def test_the_memory_benchmark_prints_peaks_and_times_of_streams_and_of_the_plain_backbone():
+    shape = ("--hidden_size", "128", "--num_layers", "1", "--vocab_size", "4096")
     sizes = ("--num_streams", "4", "--batch_size", "1", "--seq_len", "64")
-    rows = table_rows(run("train_memory.py", *sizes, "--repeats", "1"))
-    kinds = ["plain backbone", "in chunks", "all at once"]
+    rows = table_rows(run("train_memory.py", *sizes, "--repeats", "1", shape=shape))
+    kinds = ["plain backbone, B rows", "plain backbone, P * B rows", "in chunks", "all at once"]
     assert [row[:2] for row in rows] == [[training, kind] for training in ("frozen", "full") for kind in kinds]
-    for plain, chunks, together in (rows[:3], rows[3:]):
-        assert float(plain[2]) < float(chunks[2]) < float(together[2])
+    for plain, plain_rows, chunks, together in (rows[:4], rows[4:]):
+        assert float(plain[2]) < float(chunks[2]) < float(together[2]) < float(plain_rows[2])
         assert (plain[3], together[5]) == ("1.00", "1.00")
 
 
