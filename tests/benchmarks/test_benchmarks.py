@@ -87,8 +87,8 @@ def test_steps_that_are_compared_have_as_many_rows_in_the_decoder_and_at_the_hea
 
 
 def test_the_memory_benchmark_prints_peaks_and_times_of_streams_and_of_the_plain_backbone():
-    shape = ("--hidden_size", "128", "--num_layers", "1", "--vocab_size", "4096")
-    sizes = ("--num_streams", "4", "--batch_size", "1", "--seq_len", "64")
+    shape = ("--hidden_size", "128", "--num_layers", "2", "--vocab_size", "1536")
+    sizes = ("--num_streams", "4", "--batch_size", "2", "--seq_len", "256")
     rows = table_rows(run("train_memory.py", *sizes, "--repeats", "1", shape=shape))
     kinds = ["plain backbone, B rows", "plain backbone, P * B rows", "in chunks", "all at once"]
     assert [row[:2] for row in rows] == [[training, kind] for training in ("frozen", "full") for kind in kinds]
