@@ -86,6 +86,20 @@ def test_steps_that_are_compared_have_as_many_rows_in_the_decoder_and_at_the_hea
     assert set(seen[CHUNKS]["decoder"]) == {(2, 8)}
 
 
+def test_steps_that_are_compared_take_turns_behind_their_warm_up(monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    import train_cases
+    from train_cases import CHUNKS, PLAIN, STREAMS
+
+    ran, shape = [], {"hidden_size": 128, "num_layers": 1, "vocab_size": 64, "batch_size": 1, "seq_len": 8}
+    monkeypatch.setattr(train_cases.TrainModel, "step", lambda model, case: ran.append(case.kind))
+    cases = [train_cases.TrainCase(kind, False, 2, is_checkpointed=False) for kind in (PLAIN, STREAMS, CHUNKS)]
+    train_cases.measure_times(cases, Namespace(**shape, device="cpu", dtype="float32", train_repeats=2))
+    forward = [PLAIN, STREAMS, CHUNKS]
+    assert ran == [CHUNKS, *forward, *reversed(forward), *forward]
+    assert [len(case.times) for case in cases] == [2, 2, 2]
+
+
 def test_the_memory_benchmark_prints_peaks_and_times_of_streams_and_of_the_plain_backbone():
     shape = ("--hidden_size", "128", "--num_layers", "2", "--vocab_size", "1536")
     sizes = ("--num_streams", "4", "--batch_size", "2", "--seq_len", "256")
