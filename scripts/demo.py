@@ -1,6 +1,6 @@
 """The two-stage recipe in miniature, start to finish without network: `make demo`.
 
-    python scripts/demo.py                                  # one seed, about 8 minutes
+    python scripts/demo.py                                  # one seed, about 10 minutes
     python scripts/demo.py --seeds 0 1 2                    # the spread over seeds, as in docs/demo.md
     python scripts/demo.py --variants P4_full --starts normal tokens reparameterized
 
