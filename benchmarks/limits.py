@@ -98,6 +98,11 @@ def forward_work(config: PreTrainedConfig, itemsize: int, run: ForwardPass) -> l
     return work
 
 
+def plain_rows_work(config: PreTrainedConfig, itemsize: int, run: ForwardPass) -> list[Work]:
+    """The parts of a forward pass of the plain backbone on P * B rows, of which B go to the LM head, beside `run`."""
+    return forward_work(config, itemsize, run._replace(num_prefix_tokens=0))[:3]  # and no aggregator
+
+
 def seconds_at_limit(work: list[Work], limits: Limits) -> float:
     """The parts run one after the other."""
     return sum(part.seconds(limits) for part in work)

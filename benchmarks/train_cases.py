@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from backbone import build_backbone, random_ids
-from limits import ForwardPass, Limits, forward_work, seconds_at_limit
+from limits import ForwardPass, Limits, forward_work, plain_rows_work, seconds_at_limit
 from peft import LoraConfig, get_peft_model
 from timing import seconds
 from torch.nn import functional as F
@@ -184,7 +184,8 @@ def as_rows(cases: list[TrainCase], args: argparse.Namespace, limits: Limits) ->
     for case in cases:
         base = plain.get((case.is_full, case.num_streams, case.is_checkpointed))
         median = statistics.median(case.times)
-        work = forward_work(config, itemsize, ForwardPass(case.num_streams, args.batch_size, args.seq_len))
+        work_of = plain_rows_work if case.kind == PLAIN else forward_work
+        work = work_of(config, itemsize, ForwardPass(case.num_streams, args.batch_size, args.seq_len))
         at_limit = (3 if case.is_full else 2) * seconds_at_limit(work, limits)
         rows.append(
             {

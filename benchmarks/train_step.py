@@ -11,7 +11,7 @@ ratio of the arithmetic alone: each query looks at the prefix, too, and the aggr
 import argparse
 import statistics
 
-from limits import ForwardPass, forward_work
+from limits import ForwardPass, forward_work, plain_rows_work
 from rich.console import Console
 from rich.table import Table
 from timing import describe_machine
@@ -23,12 +23,9 @@ COLUMNS = ("training", "P", "plain backbone, P * B rows (s)", "streams (s)", "of
 
 def arithmetic_ratio(args: argparse.Namespace, num_streams: int) -> float:
     """Operations of a forward pass of P streams, by those of the plain backbone on P * B rows."""
-    config, (batch_size, num_tokens) = build_config(args), (args.batch_size, args.seq_len)
-    rows = ForwardPass(1, num_streams * batch_size, num_tokens, num_head_tokens=0)
-    head = 2 * config.vocab_size * config.hidden_size * batch_size * num_tokens
-    plain = sum(part.flops for part in forward_work(config, 1, rows)) + head
-    streams = forward_work(config, 1, ForwardPass(num_streams, batch_size, num_tokens))
-    return sum(part.flops for part in streams) / plain
+    config, run = build_config(args), ForwardPass(num_streams, args.batch_size, args.seq_len)
+    plain, streams = (sum(part.flops for part in work(config, 1, run)) for work in (plain_rows_work, forward_work))
+    return streams / plain
 
 
 def cells(plain: TrainCase, streams: TrainCase, by_arithmetic: float) -> list[str]:
@@ -57,7 +54,6 @@ def main() -> None:
     parser.add_argument("--num_heads", type=int, help="heads of size 64 by default")
     parser.add_argument("--num_layers", type=int, default=8)
     parser.add_argument("--vocab_size", type=int, default=16384)
-    parser.add_argument("--checkpointed", action="store_true", help="checkpoint the layers of both")
     parser.add_argument("--train_repeats", type=int, default=7)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
@@ -67,7 +63,7 @@ def main() -> None:
     table = Table(*COLUMNS, title=describe_machine(args))
     for is_full in (False, True):
         for num_streams in args.streams:
-            pair = [TrainCase(kind, is_full, num_streams, args.checkpointed) for kind in (PLAIN, STREAMS)]
+            pair = [TrainCase(kind, is_full, num_streams, is_checkpointed=False) for kind in (PLAIN, STREAMS)]
             measure_times(pair, args)
             table.add_row(*cells(*pair, arithmetic_ratio(args, num_streams)))
     Console().print(table)

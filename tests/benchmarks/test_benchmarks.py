@@ -228,6 +228,12 @@ def test_one_run_measures_every_kind_of_step_with_its_peak_and_the_limit(whole_r
     assert {(row["training"], row["num_streams"], row["kind"], row["checkpointed"]) for row in rows} == expected
     assert all(row["fraction_of_limit"] > 0 and row["seconds"] > 0 and row["peak_mib"] >= 0 for row in rows)
     assert all(row["time_ratio"] == 1 for row in rows if row["kind"] == "plain backbone")
+    needed = {
+        (row["kind"], row["training"], row["num_streams"]): row["fraction_of_limit"] * row["seconds"] for row in rows
+    }
+    for training, streams in itertools.product(("frozen", "full"), (2, 4)):  # which have no prefix and no aggregator
+        plain, ours, chunks = (needed[kind, training, streams] for kind in kinds)
+        assert plain < ours == pytest.approx(chunks)
 
 
 @pytest.mark.slow
